@@ -1,0 +1,33 @@
+"""Every failure that a user can cause or meet, each with a message that says what to do next."""
+
+
+class TurboQuantError(Exception):
+    """Base of all expected failures; the text names what was given, what is allowed, what to do."""
+
+
+class SourceError(TurboQuantError):
+    """The model cannot be reached: missing path, no network, or not a model at all."""
+
+
+class UnsafeModelError(TurboQuantError):
+    """The model asks for code to be run, or is stored in a format that can run code."""
+
+
+class UnsupportedModelError(TurboQuantError):
+    """The architecture, or the way the checkpoint is already quantized, is not handled."""
+
+
+class CorruptCheckpointError(TurboQuantError):
+    """The files contradict themselves: truncated or lying tensors, NaN or infinite weights."""
+
+
+class RecipeError(TurboQuantError):
+    """Bits, group size, rotation or cache settings that do not exist or do not fit the model."""
+
+
+class OutputError(TurboQuantError):
+    """The result cannot be written: it exists already, or the disk is full."""
+
+
+class InputError(TurboQuantError):
+    """A prompt, text or option that cannot be used."""
