@@ -1,0 +1,43 @@
+"""Kernels of every backend (Metal, CUDA, CPU), behind operations that take and return MLX arrays."""
+
+from metal_kernels.dispatch import (
+    BACKENDS,
+    Backend,
+    active_backend,
+    device,
+    kernel_path,
+    reset_paths,
+    use_backend,
+)
+from metal_kernels.errors import KernelError, ShapeError
+from metal_kernels.hadamard import rotate, unrotate
+from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
+from metal_kernels.matmul import PackedWeight, affine, dense, matmul
+from metal_kernels.quantize import dequantize, quantize
+
+__all__ = [
+    "BACKENDS",
+    "HADAMARD_FACTORS",
+    "Backend",
+    "KernelError",
+    "PackedWeight",
+    "ShapeError",
+    "active_backend",
+    "affine",
+    "bits_of",
+    "dense",
+    "dequantize",
+    "device",
+    "groups",
+    "hadamard_block",
+    "kernel_path",
+    "matmul",
+    "pack",
+    "quantize",
+    "reset_paths",
+    "rotate",
+    "unpack",
+    "unrotate",
+    "use_backend",
+    "words",
+]

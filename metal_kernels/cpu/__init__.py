@@ -1,0 +1,1 @@
+"""Kernels for processors: numba for few rows, BLAS for many."""

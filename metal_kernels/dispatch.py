@@ -1,0 +1,90 @@
+"""Which backend runs an operation, and a record of what really ran.
+
+A backend is the kind of kernel, not the device: "metal" and "cuda" are GPU kernels, "cpu" numba and BLAS,
+"reference" plain MLX operations on whatever device MLX uses. `active_backend` is the one choice, `has_kernel`
+the one predicate for each operation; a backend that was forced and has no kernel for an operation is an error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, cast, get_args
+
+import mlx.core as mx
+
+from metal_kernels.errors import KernelError
+
+Backend = Literal["metal", "cuda", "cpu", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+_KERNELS: dict[Backend, frozenset[str]] = {
+    "metal": frozenset(),
+    "cuda": frozenset(),
+    "cpu": frozenset({"rotate", "quantize", "dequantize", "matmul", "dense", "affine", "attention", "packed_attention",
+                      "pack_cache"}),
+}
+
+_forced: ContextVar[Backend | None] = ContextVar("forced_backend", default=None)
+_ran: set[str] = set()
+
+
+def device() -> Literal["metal", "cuda", "cpu"]:
+    """The device that MLX computes on."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def active_backend() -> Backend:
+    """The backend in force: the forced one, otherwise that of MLX's default device."""
+    return _forced.get() or device()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend within the block; raises KernelError where it cannot run on this machine's device."""
+    if name not in BACKENDS:
+        raise KernelError(f"no backend named {name!r}; choose from {', '.join(BACKENDS)}")
+    if name not in ("reference", device()):
+        raise KernelError(f"the {name} backend needs MLX on a {name} device, and MLX runs on {device()} here; "
+                          "use 'reference', or mx.set_default_device")
+    token = _forced.set(cast(Backend, name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def has_kernel(operation: str) -> bool:
+    """Whether the active backend has its own kernel for `operation`; records which path runs.
+
+    Where no backend is forced, an operation without a kernel runs on the reference operations, and the record
+    says so. Raises KernelError where a backend is forced and lacks it.
+    """
+    backend = active_backend()
+    if operation in _KERNELS.get(backend, frozenset()):
+        _ran.add(f"{backend}:{operation}")
+        return True
+    if _forced.get() not in (None, "reference"):
+        raise KernelError(f"the {backend} backend has no kernel for {operation}; use 'reference' for it")
+    _ran.add(f"reference:{operation}")
+    return False
+
+
+def reset_paths() -> None:
+    """Forget what ran so far."""
+    _ran.clear()
+
+
+def kernel_path() -> str:
+    """What ran since `reset_paths`, such as "cpu:dense,matmul" or "reference:matmul,rotate on cuda"."""
+    if not _ran:
+        return f"mlx on {device()}"
+    by_backend: dict[str, list[str]] = {}
+    for entry in sorted(_ran):
+        backend, operation = entry.split(":")
+        by_backend.setdefault(backend, []).append(operation)
+    return "; ".join(
+        f"{backend}:{','.join(operations)}" + (f" on {device()}" if backend == "reference" else "")
+        for backend, operations in by_backend.items()
+    )

@@ -1,0 +1,111 @@
+"""Every operation in plain MLX: the definition that the kernels are tested against."""
+
+import math
+
+import mlx.core as mx
+
+from metal_kernels.layout import bits_of, groups, pack, unpack
+
+SEARCH_FACTORS = tuple(0.70 + 0.05 * i for i in range(13))
+"""Starting scales of the search, as multiples of the group's root mean square."""
+
+
+def hadamard(x: mx.array, block: int) -> mx.array:
+    """Orthonormal Hadamard transform of each run of `block` values of the last axis: x @ H / sqrt(block)."""
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    return mx.hadamard_transform(blocks, scale=1.0 / math.sqrt(block)).reshape(x.shape)
+
+
+def inverse_hadamard(x: mx.array, block: int) -> mx.array:
+    """The inverse of `hadamard`: x @ H^T / sqrt(block), which differs from it where m is 20 or 28."""
+    odd = block // (block & -block)
+    m = odd if odd == 1 else odd * 4
+    power = block // m
+    parts = x.reshape(*x.shape[:-1], -1, m, power)
+    if power > 1:
+        parts = mx.hadamard_transform(parts, scale=1.0 / math.sqrt(power))
+    if m > 1:
+        small = mx.hadamard_transform(mx.eye(m), scale=1.0 / math.sqrt(m)).astype(x.dtype)
+        parts = small @ parts
+    return parts.reshape(x.shape)
+
+
+def rotate(x: mx.array, signs: mx.array | None, block: int) -> mx.array:
+    """x * signs, then the blockwise Hadamard transform; signs None and block 1 leave x as it is."""
+    signed = x if signs is None else x * signs.astype(x.dtype)
+    return signed if block == 1 else hadamard(signed, block)
+
+
+def unrotate(x: mx.array, signs: mx.array | None, block: int) -> mx.array:
+    """The inverse of `rotate`."""
+    straight = x if block == 1 else inverse_hadamard(x, block)
+    return straight if signs is None else straight * signs.astype(x.dtype)
+
+
+def nearest(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
+    """Index of the nearest codebook value (ascending) for each x; uint32. Ties take the lower index."""
+    midpoints = [(low + high) / 2 for low, high in zip(codebook, codebook[1:], strict=False)]
+    return sum((x > m for m in midpoints[1:]), start=x > midpoints[0]).astype(mx.uint32)
+
+
+def _refit(x: mx.array, scale: mx.array, codebook: tuple[float, ...]) -> tuple[mx.array, mx.array]:
+    """Least-squares scale for the codes that `scale` assigns, rounded to float16, and its squared error."""
+    table = mx.array(codebook, dtype=mx.float32)
+    safe = mx.where(scale > 0, scale, 1.0)
+    values = table[nearest(x / safe, codebook)]
+    fitted = (x * values).sum(-1, keepdims=True) / (values * values).sum(-1, keepdims=True)
+    rounded = mx.maximum(fitted, 0.0).astype(mx.float16).astype(mx.float32)
+    reassigned = table[nearest(x / mx.where(rounded > 0, rounded, 1.0), codebook)]
+    return rounded, mx.square(x - rounded * reassigned).sum(-1, keepdims=True)
+
+
+def search_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
+    """The float16 scale of each group x (..., group) with the least squared error among refitted candidates.
+
+    Each candidate, a multiple of the group's root mean square, assigns codes, and the scale is refitted to them
+    by least squares, s = <x, c> / <c, c> (one step of Lloyd's alternation).
+    """
+    rms = mx.sqrt(mx.square(x).mean(-1, keepdims=True))
+    best, least = _refit(x, rms, codebook)
+    for factor in SEARCH_FACTORS:
+        candidate, error = _refit(x, rms * factor, codebook)
+        best, least = mx.where(error < least, candidate, best), mx.minimum(error, least)
+    return best.astype(mx.float16)
+
+
+def quantize(
+    x: mx.array, codebook: tuple[float, ...], group_size: int, search: bool = True
+) -> tuple[mx.array, mx.array]:
+    """Quantize rotated rows x (rows, width) to packed codes and group scales.
+
+    Returns uint32 (rows, width * bits / 32) and float16 (rows, groups). With `search` the scale is the one of
+    least squared error (see `search_scales`), otherwise the group's root mean square.
+    """
+    bits = bits_of(codebook)
+    rows, width = x.shape
+    grouped = x.astype(mx.float32).reshape(rows, groups(width, group_size), -1)
+    if search:
+        scales = search_scales(grouped, codebook)
+    else:
+        scales = mx.sqrt(mx.square(grouped).mean(-1, keepdims=True)).astype(mx.float16)
+    divisor = scales.astype(mx.float32)
+    codes = nearest(grouped / mx.where(divisor > 0, divisor, 1.0), codebook)
+    return pack(codes.reshape(rows, width), bits), scales.reshape(rows, -1)
+
+
+def dequantize(
+    packed: mx.array, scales: mx.array, codebook: tuple[float, ...], dtype: mx.Dtype = mx.float32
+) -> mx.array:
+    """Values (..., width) in the rotated domain of packed codes (..., words) and scales (..., groups)."""
+    bits = bits_of(codebook)
+    width = packed.shape[-1] * 32 // bits
+    values = mx.array(codebook, dtype=mx.float32)[unpack(packed, bits, width)]
+    grouped = values.reshape(*scales.shape, -1) * scales.astype(mx.float32)[..., None]
+    return grouped.reshape(*packed.shape[:-1], width).astype(dtype)
+
+
+def matmul(
+    x: mx.array, packed: mx.array, scales: mx.array, codebook: tuple[float, ...]
+) -> mx.array:
+    """x (..., width), already rotated, times the transposed packed matrix (out, width): (..., out)."""
+    return x @ dequantize(packed, scales, codebook, x.dtype).T
