@@ -12,7 +12,7 @@ from metal_kernels.dispatch import (
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.hadamard import rotate, unrotate
 from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
-from metal_kernels.matmul import PackedWeight, affine, dense, matmul
+from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, matmul
 from metal_kernels.quantize import dequantize, quantize
 
 __all__ = [
@@ -23,9 +23,10 @@ __all__ = [
     "PackedWeight",
     "ShapeError",
     "active_backend",
-    "affine",
+    "AffineWeight",
     "bits_of",
-    "dense",
+    "DenseWeight",
+    "Weight",
     "dequantize",
     "device",
     "groups",

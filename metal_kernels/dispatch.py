@@ -20,7 +20,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": frozenset(),
     "cuda": frozenset(),
-    "cpu": frozenset({"rotate", "quantize", "dequantize", "matmul", "dense", "affine", "attention", "packed_attention",
+    "cpu": frozenset({"rotate", "quantize", "matmul", "dense", "affine", "attention", "packed_attention",
                       "pack_cache"}),
 }
 

@@ -1,49 +1,125 @@
-"""Products of activations with packed, dense and affine weights."""
+"""Weights and the products of activations with them: packed, dense and affine.
 
-from dataclasses import dataclass
+A weight object is built once from its tensors and holds them in the form of the backend that was active then.
+"""
+
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from metal_kernels import reference
+from metal_kernels.cpu.arrays import rows_float32, view
+from metal_kernels.cpu.hadamard import rotate_rows
+from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
+from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
+from metal_kernels.dispatch import has_kernel
 from metal_kernels.errors import ShapeError
-from metal_kernels.hadamard import rotate
+from metal_kernels.hadamard import check_rotation, rotate
+from metal_kernels.layout import bits_of, groups, words
 
 
-@dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A quantized matrix (out, width) and the rotation of its inputs.
 
     packed uint32 (out, width * bits / 32), scales float16 (out, groups), codebook of 2^bits ascending values,
-    signs (width,) of +-1 or None, block the Hadamard size (1: none).
+    signs (width,) of +-1 or None, block the Hadamard size (1: none). Raises ShapeError where these do not fit.
+    On a CPU the codes are laid out for its vector registers and the given arrays are not kept.
     """
 
-    packed: mx.array
-    scales: mx.array
-    codebook: tuple[float, ...]
-    signs: mx.array | None
-    block: int
+    def __init__(self, packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None,
+                 block: int) -> None:
+        self.codebook, self.block = codebook, block
+        self.bits = bits_of(codebook)
+        self.shape = (packed.shape[0], packed.shape[1] * 32 // self.bits)
+        self.signs = signs
+        self._check(packed, scales)
+        self.nbytes = packed.nbytes + scales.nbytes
+        self._lanes: LaneWeight | None = None
+        self._packed, self._scales = packed, scales
+        if has_kernel("matmul"):
+            self._lanes = arrange(view(packed), view(scales), codebook)
+            self._signs = None if signs is None else view(signs.astype(mx.float32)).copy()
+            del self._packed, self._scales
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, width)."""
-        bits = (len(self.codebook) - 1).bit_length()
-        return self.packed.shape[0], self.packed.shape[1] * 32 // bits
+    def _check(self, packed: mx.array, scales: mx.array) -> None:
+        rows, width = self.shape
+        if packed.dtype != mx.uint32 or packed.shape[1] != words(width, self.bits):
+            raise ShapeError(f"packed codes of shape {packed.shape} and {packed.dtype}; they must be uint32 words of "
+                             f"whole rows of {self.bits}-bit codes")
+        if scales.dtype != mx.float16 or scales.shape[0] != rows or width % scales.shape[1]:
+            raise ShapeError(f"scales of shape {scales.shape} and {scales.dtype} for a {rows} x {width} matrix; they "
+                             "must be float16, a whole number of groups a row")
+        group = width // groups(width, width // scales.shape[1])
+        if scales.shape[1] > 1 and group not in (32, 64, 128):
+            raise ShapeError(f"groups of {group}; they must be of 32, 64 or 128 values, or one a row")
+        check_rotation(width, self.signs, self.block)
+
+    def canonical(self) -> tuple[mx.array, mx.array]:
+        """(packed, scales) in the layout of the file."""
+        if self._lanes is None:
+            return self._packed, self._scales
+        packed, scales = restore(self._lanes)
+        return mx.array(packed), mx.array(scales)
+
+    def times(self, x: mx.array) -> mx.array:
+        """See `matmul`."""
+        if self._lanes is None:
+            rotated = rotate(x, self.signs, self.block)
+            return reference.matmul(rotated, self._packed, self._scales, self.codebook)
+        rows = rotate_rows(rows_float32(x), self._signs, self.block, self._lanes.padded)
+        return _back(packed_product(rows, self._lanes), x)
 
 
-def matmul(x: mx.array, weight: PackedWeight) -> mx.array:
-    """x (..., width), not yet rotated, times the transposed weight: (..., out) in x's dtype."""
+class DenseWeight:
+    """A matrix (out, width) in float32, float16 or bfloat16, multiplied in the activations' precision."""
+
+    def __init__(self, weight: mx.array) -> None:
+        self.shape = weight.shape
+        self.nbytes = weight.nbytes
+        self._weight = weight
+        self._padded: NDArray[Any] | None = None
+        if has_kernel("dense"):
+            self._padded = pad_dense(view(weight))
+
+    def times(self, x: mx.array) -> mx.array:
+        """x (..., width) times the transposed weight: (..., out) in x's dtype."""
+        if self._padded is None:
+            return x @ self._weight.T
+        return _back(dense_product(rows_float32(x), self._padded, self.shape[0]), x)
+
+
+class AffineWeight:
+    """A matrix as `mx.quantize` packs it: codes, scales and biases of groups."""
+
+    def __init__(self, packed: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> None:
+        self.bits, self.group_size = bits, group_size
+        self.shape = (packed.shape[0], packed.shape[1] * 32 // bits)
+        self.nbytes = packed.nbytes + scales.nbytes + biases.nbytes
+        self._arrays = (packed, scales, biases)
+
+    def times(self, x: mx.array) -> mx.array:
+        """x (..., width) times the transposed weight: (..., out) in x's dtype."""
+        if not has_kernel("affine"):
+            return mx.quantized_matmul(x, *self._arrays, transpose=True, group_size=self.group_size, bits=self.bits)
+        packed, scales, biases = (view(a if a.dtype == mx.uint32 else a.astype(mx.float32)) for a in self._arrays)
+        return _back(affine_product(rows_float32(x), packed, scales, biases, self.bits), x)
+
+
+Weight = PackedWeight | DenseWeight | AffineWeight
+
+
+def matmul(x: mx.array, weight: Weight) -> mx.array:
+    """x (..., width), not rotated, times the transposed weight (out, width): (..., out) in x's dtype.
+
+    Raises ShapeError where the widths differ.
+    """
     if x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"activations {x.shape} for a weight of shape {weight.shape}; the last axis must be "
+        raise ShapeError(f"activations of shape {x.shape} for a weight of shape {weight.shape}; the last axis must be "
                          f"{weight.shape[1]}")
-    rotated = rotate(x, weight.signs, weight.block)
-    return reference.matmul(rotated, weight.packed, weight.scales, weight.codebook)
+    return weight.times(x)
 
 
-def dense(x: mx.array, weight: mx.array) -> mx.array:
-    """x (..., width) times the transposed dense weight (out, width): (..., out)."""
-    return x @ weight.T
-
-
-def affine(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
-    """x (..., width) times the transposed affine-quantized weight, as `mx.quantize` packs it: (..., out)."""
-    return mx.quantized_matmul(x, packed, scales, biases, transpose=True, group_size=group_size, bits=bits)
+def _back(rows: NDArray[np.float32], x: mx.array) -> mx.array:
+    return mx.array(rows).reshape(*x.shape[:-1], rows.shape[-1]).astype(x.dtype)

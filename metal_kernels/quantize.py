@@ -3,6 +3,9 @@
 import mlx.core as mx
 
 from metal_kernels import reference
+from metal_kernels.cpu.arrays import rows_float32
+from metal_kernels.cpu.quantize import quantize_rows
+from metal_kernels.dispatch import has_kernel
 from metal_kernels.errors import ShapeError
 from metal_kernels.layout import bits_of, groups, words
 
@@ -19,6 +22,9 @@ def quantize(
         raise ShapeError(f"an array of shape {x.shape} to quantize; it must be (rows, width)")
     words(x.shape[1], bits_of(codebook))
     groups(x.shape[1], group_size)
+    if has_kernel("quantize"):
+        packed, scales = quantize_rows(rows_float32(x), codebook, group_size, search)
+        return mx.array(packed), mx.array(scales)
     return reference.quantize(x, codebook, group_size, search)
 
 

@@ -44,33 +44,31 @@ def unrotate(x: mx.array, signs: mx.array | None, block: int) -> mx.array:
 
 def nearest(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
     """Index of the nearest codebook value (ascending) for each x; uint32. Ties take the lower index."""
-    midpoints = [(low + high) / 2 for low, high in zip(codebook, codebook[1:], strict=False)]
-    return sum((x > m for m in midpoints[1:]), start=x > midpoints[0]).astype(mx.uint32)
+    index = mx.zeros(x.shape, dtype=mx.uint32)
+    for low, high in zip(codebook, codebook[1:], strict=False):
+        index = index + (x > (low + high) / 2)
+    return index
 
 
-def _refit(x: mx.array, scale: mx.array, codebook: tuple[float, ...]) -> tuple[mx.array, mx.array]:
-    """Least-squares scale for the codes that `scale` assigns, rounded to float16, and its squared error."""
-    table = mx.array(codebook, dtype=mx.float32)
-    safe = mx.where(scale > 0, scale, 1.0)
-    values = table[nearest(x / safe, codebook)]
-    fitted = (x * values).sum(-1, keepdims=True) / (values * values).sum(-1, keepdims=True)
-    rounded = mx.maximum(fitted, 0.0).astype(mx.float16).astype(mx.float32)
-    reassigned = table[nearest(x / mx.where(rounded > 0, rounded, 1.0), codebook)]
-    return rounded, mx.square(x - rounded * reassigned).sum(-1, keepdims=True)
+def _fit(x: mx.array, scale: mx.array, codebook: tuple[float, ...]) -> tuple[mx.array, mx.array]:
+    """The least-squares scale <x, c> / <c, c> for the codes that `scale` assigns, and its gain <x, c>^2 / <c, c>."""
+    values = mx.array(codebook, dtype=mx.float32)[nearest(x / mx.where(scale > 0, scale, 1.0), codebook)]
+    along, energy = (x * values).sum(-1, keepdims=True), (values * values).sum(-1, keepdims=True)
+    return along / energy, along * along / energy
 
 
 def search_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
-    """The float16 scale of each group x (..., group) with the least squared error among refitted candidates.
+    """The scale of each group x (..., group), float32 (..., 1), that loses least among those tried.
 
-    Each candidate, a multiple of the group's root mean square, assigns codes, and the scale is refitted to them
-    by least squares, s = <x, c> / <c, c> (one step of Lloyd's alternation).
+    Each candidate, a multiple of the group's root mean square, assigns codes c; the least-squares scale for them
+    leaves an error of <x, x> - <x, c>^2 / <c, c>. The best is refitted once more (a step of Lloyd's alternation).
     """
     rms = mx.sqrt(mx.square(x).mean(-1, keepdims=True))
-    best, least = _refit(x, rms, codebook)
+    best, most = rms, mx.full(rms.shape, -1.0)
     for factor in SEARCH_FACTORS:
-        candidate, error = _refit(x, rms * factor, codebook)
-        best, least = mx.where(error < least, candidate, best), mx.minimum(error, least)
-    return best.astype(mx.float16)
+        candidate, gain = _fit(x, rms * factor, codebook)
+        best, most = mx.where(gain > most, candidate, best), mx.maximum(gain, most)
+    return mx.maximum(_fit(x, best, codebook)[0], 0.0)
 
 
 def quantize(
@@ -85,9 +83,10 @@ def quantize(
     rows, width = x.shape
     grouped = x.astype(mx.float32).reshape(rows, groups(width, group_size), -1)
     if search:
-        scales = search_scales(grouped, codebook)
+        exact = search_scales(grouped, codebook)
     else:
-        scales = mx.sqrt(mx.square(grouped).mean(-1, keepdims=True)).astype(mx.float16)
+        exact = mx.sqrt(mx.square(grouped).mean(-1, keepdims=True))
+    scales = mx.minimum(exact, 65504.0).astype(mx.float16)
     divisor = scales.astype(mx.float32)
     codes = nearest(grouped / mx.where(divisor > 0, divisor, 1.0), codebook)
     return pack(codes.reshape(rows, width), bits), scales.reshape(rows, -1)

@@ -1,0 +1,135 @@
+"""Weights laid out for vector registers: built once from the canonical layout, see `vector` for the fields."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from metal_kernels.layout import bits_of
+
+FIELDS = 32
+LEAST_ROWS = 4
+"""Rows that the product kernels take at a time; smaller matrices are padded to it."""
+
+
+def lanes_for(width: int) -> int:
+    """16 lanes, or 8 where blocks of 512 would pad a row of `width` by a quarter more than blocks of 256."""
+    return 8 if padded_width(width, 8) < 0.8 * padded_width(width, 16) else 16
+
+
+def padded_width(width: int, lanes: int) -> int:
+    """`width` rounded up to whole blocks of 32 * lanes."""
+    block = FIELDS * lanes
+    return -(-width // block) * block
+
+
+@dataclass(frozen=True, eq=False)
+class LaneWeight:
+    """A packed matrix in lane blocks.
+
+    codes uint32 (rows, blocks, bits, lanes); scales uint16, the bits of float16, (rows, groups) padded with zeros;
+    table float32 (16,), the codebook repeated; per_scale: fields that share a scale, 0 for one scale a row.
+    `rows` and `width` are those of the matrix, without padding.
+    """
+
+    codes: NDArray[np.uint32]
+    scales: NDArray[np.uint16]
+    table: NDArray[np.float32]
+    bits: int
+    per_scale: int
+    rows: int
+    width: int
+
+    @property
+    def lanes(self) -> int:
+        """Values that a field holds side by side."""
+        return self.codes.shape[3]
+
+    @property
+    def padded(self) -> int:
+        """The width in whole blocks, which activations must have too."""
+        return self.codes.shape[1] * FIELDS * self.lanes
+
+
+def arrange(packed: NDArray[np.uint32], scales: NDArray[np.float16], codebook: tuple[float, ...]) -> LaneWeight:
+    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in lane blocks."""
+    bits = bits_of(codebook)
+    rows, width = packed.shape[0], packed.shape[1] * 32 // bits
+    lanes = lanes_for(width)
+    blocks = padded_width(width, lanes) // (FIELDS * lanes)
+    codes = np.zeros((max(rows, LEAST_ROWS), blocks, bits, lanes), np.uint32)
+    _to_lanes(np.ascontiguousarray(packed), codes, width)
+    n_groups = scales.shape[1]
+    group = width // n_groups
+    per_scale = 0 if n_groups == 1 else group // lanes
+    padded_groups = blocks * FIELDS // per_scale if per_scale else 1
+    halves = np.zeros((codes.shape[0], padded_groups), np.uint16)
+    halves[:rows, :n_groups] = scales.view(np.uint16)
+    table = np.tile(np.array(codebook, np.float32), 16 // len(codebook))
+    return LaneWeight(codes, halves, table, bits, per_scale, rows, width)
+
+
+def restore(weight: LaneWeight) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
+    """The canonical packed codes and scales that `arrange` was given."""
+    packed = np.zeros((weight.rows, weight.width * weight.bits // 32), np.uint32)
+    _from_lanes(weight.codes, packed, weight.width)
+    group = weight.per_scale * weight.lanes or weight.width
+    return packed, np.ascontiguousarray(weight.scales[: weight.rows, : weight.width // group]).view(np.float16)
+
+
+@njit(cache=True, inline="always")
+def _place(field: Any, bits: Any) -> Any:
+    """(word, shift) of a whole field; fields 30 and 31 of 3 bits are split and handled apart."""
+    per_word = 32 // bits
+    return field // per_word, bits * (field % per_word)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _to_lanes(packed: Any, codes: Any, width: Any) -> None:
+    bits, lanes = codes.shape[2], codes.shape[3]
+    mask = np.uint32((1 << bits) - 1)
+    for row in prange(packed.shape[0]):
+        for i in range(width):
+            bit = i * bits
+            word, shift = bit >> 5, bit & 31
+            code = packed[row, word] >> np.uint32(shift)
+            if shift + bits > 32:
+                code |= packed[row, word + 1] << np.uint32(32 - shift)
+            code &= mask
+            block, inside = i // (32 * lanes), i % (32 * lanes)
+            field, lane = inside // lanes, inside % lanes
+            if bits == 3 and field == 30:
+                codes[row, block, 0, lane] |= (code & np.uint32(3)) << np.uint32(30)
+                codes[row, block, 1, lane] |= (code >> np.uint32(2)) << np.uint32(30)
+            elif bits == 3 and field == 31:
+                codes[row, block, 1, lane] |= (code & np.uint32(1)) << np.uint32(31)
+                codes[row, block, 2, lane] |= (code >> np.uint32(1)) << np.uint32(30)
+            else:
+                at, by = _place(field, bits)
+                codes[row, block, at, lane] |= code << np.uint32(by)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _from_lanes(codes: Any, packed: Any, width: Any) -> None:
+    bits, lanes = codes.shape[2], codes.shape[3]
+    mask = np.uint32((1 << bits) - 1)
+    for row in prange(packed.shape[0]):
+        for i in range(width):
+            block, inside = i // (32 * lanes), i % (32 * lanes)
+            field, lane = inside // lanes, inside % lanes
+            if bits == 3 and field == 30:
+                top = codes[row, block, 1, lane] >> np.uint32(30)
+                code = (codes[row, block, 0, lane] >> np.uint32(30)) | ((top & np.uint32(1)) << np.uint32(2))
+            elif bits == 3 and field == 31:
+                top = codes[row, block, 2, lane] >> np.uint32(30)
+                code = (codes[row, block, 1, lane] >> np.uint32(31)) | (top << np.uint32(1))
+            else:
+                at, by = _place(field, bits)
+                code = (codes[row, block, at, lane] >> np.uint32(by)) & mask
+            bit = i * bits
+            word, shift = bit >> 5, bit & 31
+            packed[row, word] |= code << np.uint32(shift)
+            if shift + bits > 32:
+                packed[row, word + 1] |= code >> np.uint32(32 - shift)

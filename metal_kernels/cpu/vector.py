@@ -1,0 +1,275 @@
+"""LLVM vector code that numba's auto-vectoriser does not find: table look-up in registers, packed fields.
+
+Weights lie in lane blocks: a row is cut into blocks of 32 * LANES values, and a block of b-bit codes is b vectors
+of LANES 32-bit words. Field f of lane l holds the value at position f * LANES + l of the block, so that the
+activations that meet a field are one contiguous load. Fields 0 to 29 of 3-bit codes lie ten to a word from bit 0;
+fields 30 and 31 are made of the two bits that each of the three words has left.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+FIELDS = 32
+I16, I32, I64, F16, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+KINDS = {0: I16, 1: F16, 2: F32}
+"""Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
+
+
+def host_features() -> set[str]:
+    """Names of the instruction sets that the processor has, as LLVM spells them."""
+    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+
+
+def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    vector = _vector(scalar.type, lanes)
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined),
+                                  ir.Constant(_vector(I32, lanes), [0] * lanes))
+
+
+def _constant(value: int, lanes: int) -> ir.Value:
+    return ir.Constant(_vector(I32, lanes), [value] * lanes)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    v = a.type
+    fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, v, v]), f"llvm.fma.v{v.count}f32")
+    return builder.call(fused, [a, b, c])
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) -> ir.Value:
+    """Load one `kind` at byte `offset` of an integer address, assuming the alignment of its element only."""
+    place = builder.add(address, I64(offset)) if offset else address
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4 if element in (I32, F32) else 2)
+
+
+def _lookup(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int) -> ir.Value:
+    """table[index mod 16] for each lane; `table` is the sixteen values as vectors of `lanes`."""
+    module, features = builder.module, host_features()
+    if lanes == 16 and "avx512f" in features:
+        v = _vector(F32, 16)
+        permute = cgutils.get_or_insert_function(
+            module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512")
+        return builder.call(permute, [table[0], index])
+    if "avx2" in features:
+        return _lookup_halves(builder, index, table, lanes)
+    masked = builder.and_(index, _constant(15, lanes))
+    result = ir.Constant(_vector(F32, lanes), ir.Undefined)
+    for lane in range(lanes):
+        entry = builder.extract_element(table[0], builder.extract_element(masked, I32(lane)))
+        result = builder.insert_element(result, entry, I32(lane))
+    return result
+
+
+def _lookup_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int) -> ir.Value:
+    """AVX2: eight-entry permutes of the table's low and high half, chosen by bit 3 of the index."""
+    v, vi = _vector(F32, 8), _vector(I32, 8)
+    permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, vi]), "llvm.x86.avx2.permps")
+    parts: list[ir.Value] = []
+    for start in range(0, lanes, 8):
+        chosen = index if lanes == 8 else builder.shuffle_vector(
+            index, index, ir.Constant(vi, list(range(start, start + 8))))
+        low = builder.call(permute, [table[1], chosen])
+        high = builder.call(permute, [table[2], chosen])
+        bit = builder.icmp_signed("<", builder.shl(chosen, _constant(28, 8)), _constant(0, 8))
+        parts.append(builder.select(bit, high, low))
+    if lanes == 8:
+        return parts[0]
+    return builder.shuffle_vector(parts[0], parts[1], ir.Constant(_vector(I32, 16), list(range(16))))
+
+
+def _load_table(builder: ir.IRBuilder, address: ir.Value, lanes: int) -> list[ir.Value]:
+    """The sixteen table values as one vector of 16 and as two of 8."""
+    whole = _load(builder, address, _vector(F32, 16), 0)
+    halves = [_load(builder, address, _vector(F32, 8), 32 * i) for i in range(2)]
+    return [whole, *halves]
+
+
+def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) -> Iterator[ir.Value]:
+    """Index vectors of the 32 fields, right in their low `bits` bits only."""
+    per_word = 32 // bits
+    for field in range(per_word * bits):
+        word, place = words[field // per_word], field % per_word
+        yield builder.lshr(word, _constant(bits * place, lanes)) if place else word
+    if bits == 3:
+        top = [builder.lshr(word, _constant(30, lanes)) for word in words]
+        one, two = _constant(1, lanes), _constant(2, lanes)
+        yield builder.or_(builder.and_(top[0], _constant(3, lanes)),
+                          builder.shl(builder.and_(top[1], one), two))
+        yield builder.or_(builder.lshr(top[1], one), builder.shl(top[2], one))
+
+
+def _packed_values(builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int,
+                   lanes: int) -> Iterator[ir.Value]:
+    words = [_load(builder, address, _vector(I32, lanes), 4 * lanes * w) for w in range(bits)]
+    for index in _codes(builder, words, bits, lanes):
+        yield _lookup(builder, index, table, lanes)
+
+
+def _dense_values(builder: ir.IRBuilder, address: ir.Value, kind: int, lanes: int) -> Iterator[ir.Value]:
+    element, size = KINDS[kind], 4 if kind == 2 else 2
+    for field in range(FIELDS):
+        raw = _load(builder, address, _vector(element, lanes), size * lanes * field)
+        if kind == 0:
+            wide = builder.shl(builder.zext(raw, _vector(I32, lanes)), _constant(16, lanes))
+            yield builder.bitcast(wide, _vector(F32, lanes))
+        else:
+            yield builder.fpext(raw, _vector(F32, lanes)) if kind == 1 else raw
+
+
+def _half_scale(builder: ir.IRBuilder, address: ir.Value, index: int, lanes: int) -> ir.Value:
+    return _splat(builder, builder.fpext(_load(builder, address, F16, 2 * index), F32), lanes)
+
+
+def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
+    while lanes > 1:
+        lanes //= 2
+        mask_low = ir.Constant(_vector(I32, lanes), list(range(lanes)))
+        mask_high = ir.Constant(_vector(I32, lanes), list(range(lanes, 2 * lanes)))
+        vector = builder.fadd(builder.shuffle_vector(vector, vector, mask_low),
+                              builder.shuffle_vector(vector, vector, mask_high))
+    return builder.extract_element(vector, I32(0))
+
+
+def _literals(*arguments: Any) -> tuple[int, ...] | None:
+    if not all(isinstance(a, types.IntegerLiteral) for a in arguments):
+        return None
+    return tuple(a.literal_value for a in arguments)
+
+
+@intrinsic(prefer_literal=True)
+def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale_stride: Any, table: Any, x: Any,
+               x_stride: Any, out: Any, out_stride: Any, blocks: Any, bits: Any, per_scale: Any, rows: Any,
+               columns: Any, lanes: Any) -> Any:
+    """out[c, r] = sum of table[code[r]] * scale[r] * x[c] for `rows` weight rows and `columns` activations.
+
+    Addresses and strides are in bytes. bits 2 to 4, per_scale fields to a scale (FIELDS or less; 0: one scale a
+    row, applied at the end), rows, columns and lanes are literals.
+    """
+    literal = _literals(bits, per_scale, rows, columns, lanes)
+    if literal is None:
+        return None
+    n_bits, fields, n_rows, n_columns, n_lanes = literal
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
+        lookup_table = _load_table(builder, t, n_lanes)
+        zero = ir.Constant(_vector(F32, n_lanes), [0.0] * n_lanes)
+        totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
+        block_bytes, x_bytes = 4 * n_lanes * n_bits, 4 * n_lanes * FIELDS
+        scale_bytes = 2 * (FIELDS // fields) if fields else 0
+        with cgutils.for_range(builder, n, intp=I64) as loop:
+            x_block = builder.add(xs, builder.mul(loop.index, I64(x_bytes)))
+            x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
+            w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
+            s_block = builder.add(s, builder.mul(loop.index, I64(scale_bytes)))
+            streams = [_packed_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table,
+                                      n_bits, n_lanes) for r in range(n_rows)]
+            sums = [[builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)]
+                    for r in range(n_rows)]
+            for field in range(FIELDS):
+                inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
+                for r in range(n_rows):
+                    value = next(streams[r])
+                    sums[r] = [_fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
+                if fields and (field + 1) % fields == 0:
+                    for r in range(n_rows):
+                        place = builder.add(s_block, builder.mul(s_stride, I64(r)))
+                        scale = _half_scale(builder, place, field // fields, n_lanes)
+                        for c in range(n_columns):
+                            total = builder.load(totals[r][c])
+                            builder.store(_fma(builder, sums[r][c], scale, total), totals[r][c])
+                            sums[r][c] = zero
+            if not fields:
+                for r in range(n_rows):
+                    for c in range(n_columns):
+                        builder.store(sums[r][c], totals[r][c])
+        for r in range(n_rows):
+            for c in range(n_columns):
+                dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
+                if not fields:
+                    place = builder.add(s, builder.mul(s_stride, I64(r)))
+                    dot = builder.fmul(dot, builder.fpext(_load(builder, place, F16, 0), F32))
+                place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
+                builder.store(dot, builder.inttoptr(place, F32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    ints = [types.intp] * 10
+    return types.void(*ints, bits, per_scale, rows, columns, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, blocks: Any, bits: Any,
+                  per_scale: Any, lanes: Any) -> Any:
+    """Write one row of packed weights as float32 values, scale * table[code]; addresses as in `dot_packed`."""
+    literal = _literals(bits, per_scale, lanes)
+    if literal is None:
+        return None
+    n_bits, fields, n_lanes = literal
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        w, s, t, o, n = args[:5]
+        lookup_table = _load_table(builder, t, n_lanes)
+        scale = None if fields else _half_scale(builder, s, 0, n_lanes)
+        with cgutils.for_range(builder, n, intp=I64) as loop:
+            out_block = builder.add(o, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
+            w_block = builder.add(w, builder.mul(loop.index, I64(4 * n_lanes * n_bits)))
+            s_block = builder.add(s, builder.mul(loop.index, I64(2 * (FIELDS // fields) if fields else 0)))
+            for field, value in enumerate(_packed_values(builder, w_block, lookup_table, n_bits, n_lanes)):
+                if fields and field % fields == 0:
+                    scale = _half_scale(builder, s_block, field // fields, n_lanes)
+                place = builder.add(out_block, I64(4 * n_lanes * field))
+                builder.store(builder.fmul(value, scale),
+                              builder.inttoptr(place, _vector(F32, n_lanes).as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5, bits, per_scale, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def dot_dense(typing: Any, weights: Any, weight_stride: Any, x: Any, x_stride: Any, out: Any, out_stride: Any,
+              blocks: Any, kind: Any, rows: Any, columns: Any, lanes: Any) -> Any:
+    """out[c, r] = <weight[r], x[c]> over whole blocks of rows of `kind` (see KINDS); as in `dot_packed`."""
+    literal = _literals(kind, rows, columns, lanes)
+    if literal is None:
+        return None
+    n_kind, n_rows, n_columns, n_lanes = literal
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        w, w_stride, xs, xs_stride, o, o_stride, n = args[:7]
+        zero = ir.Constant(_vector(F32, n_lanes), [0.0] * n_lanes)
+        totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
+        block_bytes = (4 if n_kind == 2 else 2) * n_lanes * FIELDS
+        with cgutils.for_range(builder, n, intp=I64) as loop:
+            x_block = builder.add(xs, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
+            x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
+            w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
+            streams = [_dense_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), n_kind, n_lanes)
+                       for r in range(n_rows)]
+            sums = [[builder.load(totals[r][c]) for c in range(n_columns)] for r in range(n_rows)]
+            for field in range(FIELDS):
+                inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
+                for r in range(n_rows):
+                    value = next(streams[r])
+                    sums[r] = [_fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
+            for r in range(n_rows):
+                for c in range(n_columns):
+                    builder.store(sums[r][c], totals[r][c])
+        for r in range(n_rows):
+            for c in range(n_columns):
+                dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
+                place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
+                builder.store(dot, builder.inttoptr(place, F32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7, kind, rows, columns, lanes), codegen
