@@ -1,0 +1,139 @@
+"""All that this project knows of mlx-lm's insides: its models' modules, attention call and loading."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import base
+from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
+
+import metal_kernels
+from quant_engine.errors import UnsupportedModelError
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of sibling layers that read the same input, in the models mlx-lm has."""
+
+_ATTENTION = "scaled_dot_product_attention"
+
+
+class Attends(Protocol):
+    """A cache that computes attention on what it holds."""
+
+    def attend(self, queries: mx.array, *, scale: float, mask: Any, sinks: mx.array | None = None) -> mx.array:
+        """Attention of queries (batch, heads, length, size) over the cache."""
+        ...
+
+
+def supports(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a model for this config's `model_type`."""
+    try:
+        _get_classes(config=dict(config))
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def load_float(path: Path) -> nn.Module:
+    """mlx-lm's model of a folder in the precision of its file, weights not read yet."""
+    model, _ = load_model(path, lazy=True)
+    return model
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """mlx-lm's model of a config, with weights yet to be set."""
+    model_class, args_class = _get_classes(config=dict(config))
+    model = cast(nn.Module, model_class(args_class.from_dict(dict(config))))
+    model.eval()
+    return model
+
+
+def set_parameters(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Set all parameters that `model` still has; raises UnsupportedModelError where names do not match."""
+    sanitize = getattr(model, "sanitize", None)
+    named = cast(dict[str, mx.array], sanitize(dict(weights)) if sanitize else dict(weights))
+    expected = {name for name, _ in tree_flatten(model.parameters())}
+    wrong = [f"missing {n}" for n in sorted(expected - set(named))] + [
+        f"unexpected {n}" for n in sorted(set(named) - expected)]
+    if wrong:
+        raise UnsupportedModelError(f"the weights do not fit mlx-lm's {type(model).__module__}: {', '.join(wrong[:6])}"
+                                    f"{' and more' if len(wrong) > 6 else ''}; update mlx-lm, or convert again")
+    model.load_weights(list(named.items()))
+
+
+def tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
+    """mlx-lm's tokenizer wrapper of a folder."""
+    return load_tokenizer(path, eos_token_ids=eos_token_ids)
+
+
+def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
+    """Modules of the given kinds by their dotted path, in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of those at the given dotted paths."""
+    model.update_modules(cast(dict[str, Any], tree_unflatten(list(modules.items()))))
+
+
+def shared_inputs(paths: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of paths whose layers read the same input, each in a fixed order; paths in no group are left out."""
+    present = set(paths)
+    parents = dict.fromkeys(path.rpartition(".")[0] for path in paths)
+    candidates = [tuple(f"{parent}.{name}" for name in names) for parent in parents for names in SHARED_INPUTS]
+    return [group for group in candidates if present.issuperset(group)]
+
+
+def backbone(model: nn.Module) -> Callable[..., mx.array] | None:
+    """The part of the model before its output projection, called as (tokens, cache=...); None where unknown."""
+    inner = getattr(getattr(model, "language_model", model), "model", None)
+    return cast(Callable[..., mx.array], inner) if isinstance(inner, nn.Module) else None
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any,
+              sinks: mx.array | None = None) -> mx.array:
+    """Attention as mlx-lm's models call it: by the cache itself where it can, by this project's kernels otherwise."""
+    if hasattr(cache, "attend"):
+        return cast(Attends, cache).attend(queries, scale=scale, mask=mask, sinks=sinks)
+    if hasattr(cache, "bits"):
+        return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    return metal_kernels.attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def route_attention(model: nn.Module) -> int:
+    """Make this model's own modules call `attention` for mlx-lm's; other models in the process keep theirs.
+
+    Each module that names mlx-lm's function gets a subclass whose methods see `attention` under that name.
+    Returns how many modules were changed.
+    """
+    routed: dict[type, type] = {}
+    changed = 0
+    for module in model.modules():
+        kind = type(module)
+        if kind not in routed:
+            routed[kind] = _routed_class(kind)
+        if routed[kind] is not kind:
+            module.__class__ = routed[kind]
+            changed += 1
+    return changed
+
+
+def _routed_class(kind: type) -> type:
+    methods = {
+        name: _with_global(function, _ATTENTION, attention)
+        for name, function in vars(kind).items()
+        if isinstance(function, FunctionType)
+        and _ATTENTION in function.__code__.co_names
+        and function.__globals__.get(_ATTENTION) is base.scaled_dot_product_attention
+    }
+    return type(kind.__name__, (kind,), methods) if methods else kind
+
+
+def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
+    copy = FunctionType(function.__code__, {**function.__globals__, name: value}, function.__name__,
+                        function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
