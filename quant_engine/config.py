@@ -1,0 +1,96 @@
+"""The two recipes: how weights are quantized, and how a key-value cache is."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from quant_engine.errors import RecipeError
+
+WEIGHT_BITS = (2, 3, 4)
+CACHE_BITS = (2, 3, 4, 8)
+GROUP_SIZES = (0, 32, 64, 128)
+ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
+SCALES = ("search", "rms")
+CODES = ("lloyd_max",)
+
+
+class _Recipe:
+    """Conversion to and from plain JSON values, shared by both recipes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)  # pyright: ignore[reportArgumentType, reportUnknownVariableType, reportCallIssue]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The recipe with these settings, defaults for the rest; raises RecipeError for unknown names."""
+        known = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise RecipeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class QuantConfig(_Recipe):
+    """How the weights of a model are quantized.
+
+    bits: 2, 3 or 4 for each weight. group_size: weights that share a float16 scale, 32, 64 or 128 along the
+    input, 0 for one scale a row. rotation: "hadamard" (whole rows), "blockwise_hadamard", "none", or "auto",
+    the first that fits. scale: "search" minimises each group's squared error, "rms" takes its root mean
+    square. use_qjl: one more bit a weight for an unbiased correction (see `residual`). seed: of the random
+    signs. Raises RecipeError for values outside these.
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    rotation: str = "auto"
+    scale: str = "search"
+    use_qjl: bool = False
+    seed: int = 0
+    code: str = "lloyd_max"
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, WEIGHT_BITS)
+        _check("group_size", self.group_size, GROUP_SIZES)
+        _check("rotation", self.rotation, ROTATIONS)
+        _check("scale", self.scale, SCALES)
+        _check("use_qjl", self.use_qjl, (False, True))
+        _check("code", self.code, CODES)
+        _check_count("seed", self.seed)
+
+
+@dataclass(frozen=True)
+class CacheConfig(_Recipe):
+    """How keys and values are held.
+
+    k_bits, v_bits: 2, 3, 4 or 8 for each number. group_size: numbers of one head that share a float16 scale
+    (0: the whole head). sink_tokens, recent_tokens: tokens at the start and the end kept in full precision.
+    boundary_layers: layers at each end of the model whose cache is kept whole. seed: of the random signs.
+    Raises RecipeError for values outside these.
+    """
+
+    k_bits: int = 8
+    v_bits: int = 4
+    group_size: int = 64
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    boundary_layers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("k_bits", self.k_bits, CACHE_BITS)
+        _check("v_bits", self.v_bits, CACHE_BITS)
+        _check("group_size", self.group_size, GROUP_SIZES)
+        for name in ("sink_tokens", "recent_tokens", "boundary_layers", "seed"):
+            _check_count(name, getattr(self, name))
+
+
+def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value == option and type(value) is type(option) for option in allowed):
+        raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise RecipeError(f"{name} is {value!r}; it must be a whole number from 0 to 2^63 - 1")
