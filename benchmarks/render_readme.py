@@ -49,8 +49,8 @@ def quality(result: dict[str, Any]) -> str:
     ]
     header = ["weights", "bits a weight", "MB", "perplexity", "cost", "KL divergence", "same first choice"]
     caption = (
-        f"Quality of `{Path(report['model']).name}` on `{report['text']['name']}`: {report['num_samples']} windows "
-        f"of {report['seq_len']} tokens. {origin(result)}"
+        f"Quality of `{Path(report['model']).name}` on `{report['text']['name']}`: "
+        f"{report['num_samples']} windows of {report['seq_len']} tokens. {origin(result)}"
     )
     return f"{caption}\n\n{table(header, rows)}"
 
