@@ -1,0 +1,6 @@
+from typing import Any
+
+import mlx.core as mx
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array: ...
+def __getattr__(name: str) -> Any: ...

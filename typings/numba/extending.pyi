@@ -1,0 +1,9 @@
+from collections.abc import Callable
+from typing import Any, overload
+
+# The decorated function types a call; what it becomes takes the call's own arguments.
+@overload
+def intrinsic(function: Callable[..., Any], /) -> Callable[..., Any]: ...
+@overload
+def intrinsic(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+def __getattr__(name: str) -> Any: ...
