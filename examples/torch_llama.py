@@ -89,9 +89,7 @@ class Llama(nn.Module):
             if parameter.ndim == 2:
                 # Outputs that add to the residual stream start smaller, as in GPT-2.
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / math.sqrt(2 * shape.num_hidden_layers) if residual else 0.02
-                )
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.num_hidden_layers) if residual else 0.02)
         inverse = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
         angle = torch.arange(shape.max_position_embeddings).float()[:, None] * inverse
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)

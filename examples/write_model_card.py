@@ -30,17 +30,21 @@ def table(record: dict) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def fill(card: str, record: dict) -> str:
+    """The card with its table written anew; raises ValueError where it has no markers."""
+    block = f"<!-- training:begin -->\n{table(record)}\n<!-- training:end -->"
+    card, found = re.subn("<!-- training:begin -->.*<!-- training:end -->", lambda _: block, card, flags=re.S)
+    if not found:
+        raise ValueError("the card has no training:begin and training:end markers: put them where the table belongs")
+    return card
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
     parser.add_argument("--folder", type=Path, default=FOLDER, help="holds training.json and README.md")
     folder = parser.parse_args().folder
     record = json.loads((folder / "training.json").read_text())
-    card = (folder / "README.md").read_text()
-    block = f"<!-- training:begin -->\n{table(record)}\n<!-- training:end -->"
-    card, found = re.subn("<!-- training:begin -->.*<!-- training:end -->", lambda _: block, card, flags=re.S)
-    if not found:
-        raise SystemExit(f"{folder / 'README.md'} has no training:begin and training:end markers")
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(fill((folder / "README.md").read_text(), record))
 
 
 if __name__ == "__main__":

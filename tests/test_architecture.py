@@ -198,15 +198,19 @@ def test_files_stay_short(ours: list[Module]) -> None:
     assert {name: size for name, size in sizes.items() if size > LONGEST_FILE_LINES} == {}
 
 
-BLOCKING_IMPORTER = """
+WITHOUT = """
 import importlib, pkgutil, sys
 
-class Blocked:
+class Without:
+    "A finder that does not find some packages, as if they were not installed."
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked}:
-            raise ImportError(name + " is blocked")
+        return None if name.split(".")[0] in {blocked} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
-sys.meta_path.insert(0, Blocked())
+sys.meta_path = [Without(finder) for finder in sys.meta_path]
 for package in {packages}:
     module = importlib.import_module(package)
     for info in pkgutil.walk_packages(module.__path__, package + "."):
@@ -261,7 +265,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_packages_import_without_what_they_do_not_need(
     packages: list[str], blocked: list[str], tmp_path: Path
 ) -> None:
-    code = BLOCKING_IMPORTER.replace("{blocked}", repr(set(blocked))).replace("{packages}", repr(packages))
+    code = WITHOUT.replace("{blocked}", repr(set(blocked))).replace("{packages}", repr(packages))
     finished = run_python(code, tmp_path)
     assert finished.returncode == 0, finished.stderr
 
@@ -306,9 +310,9 @@ class TestTheChecksThemselves:
         found = self.tree(tmp_path, tq_mcp__in__a="import os\nHOME = os.environ['HOME']")
         assert environment_reads(found[0]) == ["tq_mcp.a:2"]
 
-    def test_a_blocked_import_fails(self, tmp_path: Path) -> None:
-        code = BLOCKING_IMPORTER.replace("{blocked}", "{'json'}").replace("{packages}", "['json']")
-        assert "json is blocked" in run_python(code, tmp_path).stderr
+    def test_a_package_that_is_not_there_is_missed(self, tmp_path: Path) -> None:
+        code = WITHOUT.replace("{blocked}", "{'json'}").replace("{packages}", "['json']")
+        assert "No module named 'json'" in run_python(code, tmp_path).stderr
 
     def test_a_side_effect_is_found(self, tmp_path: Path) -> None:
         patched = SIDE_EFFECTS.replace("IMPORT", "mlx.nn.Linear.__call__ = len; mlx_lm.load = len")
