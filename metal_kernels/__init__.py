@@ -1,5 +1,7 @@
 """Kernels of every backend (Metal, CUDA, CPU), behind operations that take and return MLX arrays."""
 
+from metal_kernels.activation import swiglu
+from metal_kernels.cpu.compilation import announce_compilation
 from metal_kernels.dispatch import (
     BACKENDS,
     Backend,
@@ -23,6 +25,7 @@ __all__ = [
     "PackedWeight",
     "ShapeError",
     "active_backend",
+    "announce_compilation",
     "AffineWeight",
     "bits_of",
     "DenseWeight",
@@ -37,6 +40,7 @@ __all__ = [
     "quantize",
     "reset_paths",
     "rotate",
+    "swiglu",
     "unpack",
     "unrotate",
     "use_backend",

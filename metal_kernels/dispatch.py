@@ -5,10 +5,10 @@ A backend is the kind of kernel, not the device: "metal" and "cuda" are GPU kern
 the one predicate for each operation; a backend that was forced and has no kernel for an operation is an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import mlx.core as mx
 
@@ -21,7 +21,7 @@ _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": frozenset(),
     "cuda": frozenset(),
     "cpu": frozenset({"rotate", "quantize", "matmul", "dense", "affine", "attention", "packed_attention",
-                      "pack_cache"}),
+                      "pack_cache", "swiglu"}),
 }
 
 _forced: ContextVar[Backend | None] = ContextVar("forced_backend", default=None)
@@ -41,14 +41,14 @@ def active_backend() -> Backend:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Generator[None]:
     """Force a backend within the block; raises KernelError where it cannot run on this machine's device."""
     if name not in BACKENDS:
         raise KernelError(f"no backend named {name!r}; choose from {', '.join(BACKENDS)}")
     if name not in ("reference", device()):
         raise KernelError(f"the {name} backend needs MLX on a {name} device, and MLX runs on {device()} here; "
                           "use 'reference', or mx.set_default_device")
-    token = _forced.set(cast(Backend, name))
+    token = _forced.set(name)
     try:
         yield
     finally:

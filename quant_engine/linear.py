@@ -32,7 +32,8 @@ class FastLinear(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self._weight.shape
+        rows, width = self._weight.shape
+        return rows, width
 
     def __call__(self, x: mx.array) -> mx.array:
         y = matmul(x, self._weight)

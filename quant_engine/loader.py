@@ -63,7 +63,7 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
         _use_cpu_layers(model, chosen or mx.float32, fuse)
     if chosen is not None:
         _cast(model, chosen)
-    adapter.route_attention(model)
+    adapter.route(model)
     mx.eval(model.parameters())
     return model
 

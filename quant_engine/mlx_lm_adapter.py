@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import base
+from mlx_lm.models import activations, base
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
@@ -16,8 +16,6 @@ from quant_engine.errors import UnsupportedModelError
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that read the same input, in the models mlx-lm has."""
-
-_ATTENTION = "scaled_dot_product_attention"
 
 
 class Attends(Protocol):
@@ -71,7 +69,8 @@ def tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
 
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
     """Modules of the given kinds by their dotted path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    named = cast(list[tuple[str, nn.Module]], model.named_modules())
+    return {path: module for path, module in named if isinstance(module, kinds)}
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -103,15 +102,22 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, s
     return metal_kernels.attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
-def route_attention(model: nn.Module) -> int:
-    """Make this model's own modules call `attention` for mlx-lm's; other models in the process keep theirs.
+ROUTES: Mapping[str, tuple[Any, Any]] = {
+    "scaled_dot_product_attention": (base.scaled_dot_product_attention, attention),
+    "swiglu": (activations.swiglu, metal_kernels.swiglu),
+}
+"""Global names that mlx-lm's models call, the function each has there, and this project's for it."""
 
-    Each module that names mlx-lm's function gets a subclass whose methods see `attention` under that name.
-    Returns how many modules were changed.
+
+def route(model: nn.Module) -> int:
+    """Make this model's own modules call this project's attention and activation for mlx-lm's (see ROUTES).
+
+    Each module that names one of them gets a subclass whose methods see ours under that name; other models in the
+    process keep theirs. Returns how many modules were changed.
     """
     routed: dict[type, type] = {}
     changed = 0
-    for module in model.modules():
+    for module in cast(list[nn.Module], model.modules()):
         kind = type(module)
         if kind not in routed:
             routed[kind] = _routed_class(kind)
@@ -122,18 +128,18 @@ def route_attention(model: nn.Module) -> int:
 
 
 def _routed_class(kind: type) -> type:
-    methods = {
-        name: _with_global(function, _ATTENTION, attention)
-        for name, function in vars(kind).items()
-        if isinstance(function, FunctionType)
-        and _ATTENTION in function.__code__.co_names
-        and function.__globals__.get(_ATTENTION) is base.scaled_dot_product_attention
-    }
+    methods: dict[str, FunctionType] = {}
+    for name, function in vars(kind).items():
+        if isinstance(function, FunctionType):
+            replaced = {target: ours for target, (theirs, ours) in ROUTES.items()
+                        if target in function.__code__.co_names and function.__globals__.get(target) is theirs}
+            if replaced:
+                methods[name] = _with_globals(function, replaced)
     return type(kind.__name__, (kind,), methods) if methods else kind
 
 
-def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    copy = FunctionType(function.__code__, {**function.__globals__, name: value}, function.__name__,
+def _with_globals(function: FunctionType, replaced: Mapping[str, Any]) -> FunctionType:
+    copy = FunctionType(function.__code__, {**function.__globals__, **replaced}, function.__name__,
                         function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

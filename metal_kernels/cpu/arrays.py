@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 def view(x: mx.array) -> NDArray[Any]:
     """A NumPy view of x, evaluated first; bfloat16 comes as the uint16 of its bits. Writing to it writes to x."""
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
+    raw: NDArray[Any] = np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
+    return raw
 
 
 def rows_float32(x: mx.array) -> NDArray[np.float32]:
@@ -17,7 +18,3 @@ def rows_float32(x: mx.array) -> NDArray[np.float32]:
     rows = view(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     return np.ascontiguousarray(rows)
 
-
-def address(array: NDArray[Any]) -> int:
-    """The address of the array's first element."""
-    return int(array.__array_interface__["data"][0])

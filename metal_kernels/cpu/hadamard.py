@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from metal_kernels.cpu.vector import hadamard16
+
 Rows = NDArray[np.float32]
 
 
@@ -29,24 +31,26 @@ def _ones(width: int) -> Rows:
 def odd_factor(block: int) -> Rows:
     """The small Hadamard matrix H_m of the block's m, (m, m), as MLX has it; (1, 1) for powers of two."""
     odd = block // (block & -block)
-    return np.array(mx.hadamard_transform(mx.eye(4 * odd), scale=1.0)) if odd > 1 else np.ones((1, 1), np.float32)
+    if odd == 1:
+        return np.ones((1, 1), np.float32)
+    matrix: Rows = np.array(mx.hadamard_transform(mx.eye(4 * odd), scale=1.0))
+    return matrix
 
 
-@njit(cache=True, fastmath=True, nogil=True, inline="always")
-def _butterflies(v: Any, start: Any, size: Any) -> None:
-    """In place: the 2^k transform of v[start : start + size], unnormalised; four points at a time."""
-    step = 1
+@njit(cache=True, fastmath=True, nogil=True)
+def _butterflies(v: Any, step: Any) -> None:
+    """In place: the stages of the 2^k transform of all of v from `step` on, unnormalised, two at a time."""
+    size = v.shape[0]
     while 4 * step <= size:
-        for i in range(start, start + size, 4 * step):
-            for j in range(i, i + step):
-                a, b, c, d = v[j], v[j + step], v[j + 2 * step], v[j + 3 * step]
-                e, f, g, h = a + b, a - b, c + d, c - d
-                v[j], v[j + step], v[j + 2 * step], v[j + 3 * step] = e + g, f + h, e - g, f - h
+        for i in range(0, size, 4 * step):
+            one, two, three, four = v[i : i + step], v[i + step :], v[i + 2 * step :], v[i + 3 * step :]
+            for j in range(step):
+                e, f, g, h = one[j] + two[j], one[j] - two[j], three[j] + four[j], three[j] - four[j]
+                one[j], two[j], three[j], four[j] = e + g, f + h, e - g, f - h
         step *= 4
     if step < size:
-        for j in range(start, start + step):
-            a, b = v[j], v[j + step]
-            v[j], v[j + step] = a + b, a - b
+        for j in range(step):
+            v[j], v[j + step] = v[j] + v[j + step], v[j] - v[j + step]
 
 
 @njit(cache=True, fastmath=True, nogil=True)
@@ -54,19 +58,23 @@ def _rotate_row(x: Any, signs: Any, out: Any, block: Any, small: Any, scratch: A
     width, m = x.shape[0], small.shape[0]
     power = block // m
     norm = np.float32(1.0 / np.sqrt(block))
-    for i in range(width):
-        out[i] = x[i] * signs[i] * norm
-    if power > 1:
-        for start in range(0, width, power):
-            _butterflies(out, start, power)
+    if power >= 16:
+        hadamard16(x.ctypes.data, signs.ctypes.data, out.ctypes.data, norm, width // 16)
+    else:
+        for i in range(width):
+            out[i] = x[i] * signs[i] * norm
+    for start in range(0, width, power):
+        _butterflies(out[start : start + power], 16 if power >= 16 else 1)
     if m > 1:
         for start in range(0, width, block):
             scratch[:] = 0
             for a in range(m):
+                source = out[start + a * power : start + (a + 1) * power]
                 for b in range(m):
+                    target = scratch[b * power : (b + 1) * power]
                     factor = small[a, b]
                     for j in range(power):
-                        scratch[b * power + j] += factor * out[start + a * power + j]
+                        target[j] += factor * source[j]
             out[start : start + block] = scratch
 
 

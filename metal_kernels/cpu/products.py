@@ -1,6 +1,7 @@
 """Products on a CPU: few rows straight from the weights' bits, many rows through BLAS, a tile at a time."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from metal_kernels.cpu.lanes import FIELDS, LEAST_ROWS, LaneWeight, lanes_for, padded_width
-from metal_kernels.cpu.vector import decode_packed, dot_dense, dot_packed
+from metal_kernels.cpu.vector import available_lookups, decode_packed, dot_dense, dot_packed
 
 Rows = NDArray[np.float32]
 FEW_ROWS = 8
@@ -17,14 +18,17 @@ TILE_BYTES = 8 << 20
 DENSE_KINDS = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 
 
-def packed_product(x: Rows, weight: LaneWeight) -> Rows:
-    """x (n, weight.padded), rotated, times the transposed packed weight: (n, rows)."""
-    n = x.shape[0]
+def packed_product(x: Rows, weight: LaneWeight, lookup: int | None = None) -> Rows:
+    """x (n, weight.padded), rotated, times the transposed packed weight: (n, rows).
+
+    lookup is one of `vector.available_lookups`, the fastest by default.
+    """
+    n, way = x.shape[0], available_lookups()[-1] if lookup is None else lookup
     if n > FEW_ROWS:
-        return _tiled(x, weight.rows, weight.padded, lambda tile, first: _decode_packed(weight, tile, first))
+        return _tiled(x, weight.rows, weight.padded, partial(_decode_packed, weight, way))
     columns, at_once = _shape_of(n)
     x, out = _buffers(x, columns, weight.codes.shape[0])
-    kernel = _packed_kernel(weight.bits, weight.per_scale, at_once, columns, weight.lanes)
+    kernel = _packed_kernel(weight.bits, weight.per_scale, at_once, columns, weight.lanes, way)
     kernel(weight.codes, weight.scales, weight.table, x, out)
     return out[:n, : weight.rows]
 
@@ -50,7 +54,7 @@ def dense_product(x: Rows, weight: NDArray[Any], rows: int) -> Rows:
         if weight.dtype == np.float32:
             return x @ weight[:rows, :width].T
         kind = DENSE_KINDS[weight.dtype]
-        return _tiled(x, rows, width, lambda tile, first: _decode_dense(weight, tile, first, kind))
+        return _tiled(x, rows, width, partial(_decode_dense, weight, kind))
     columns, at_once = _shape_of(n)
     if weight.shape[1] > width:
         x = np.pad(x, ((0, 0), (0, weight.shape[1] - width)))
@@ -63,11 +67,11 @@ def dense_product(x: Rows, weight: NDArray[Any], rows: int) -> Rows:
 
 def affine_product(x: Rows, packed: NDArray[np.uint32], scales: Rows, biases: Rows, bits: int) -> Rows:
     """x (n, width) times the transposed affine weight: scales * code + biases, dense bit stream, (n, rows)."""
-    return _tiled(x, packed.shape[0], x.shape[1],
-                  lambda tile, first: _decode_affine(packed, scales, biases, tile, first, bits))
+    return _tiled(x, packed.shape[0], x.shape[1], partial(_decode_affine, packed, scales, biases, bits))
 
 
-def _tiled(x: Rows, rows: int, width: int, decode: Any) -> Rows:
+def _tiled(x: Rows, rows: int, width: int, decode: Callable[[Rows, int], None]) -> Rows:
+    """x times the transposed weight whose rows from `first` on `decode(tile, first)` writes, a tile at a time."""
     out = np.empty((x.shape[0], rows), np.float32)
     step = max(1, min(rows, TILE_BYTES // (4 * width)))
     tile = np.empty((step, width), np.float32)
@@ -90,7 +94,7 @@ def _buffers(x: Rows, columns: int, rows: int) -> tuple[Rows, Rows]:
 
 
 @cache
-def _packed_kernel(bits: int, per_scale: int, at_once: int, columns: int, lanes: int) -> Any:
+def _packed_kernel(bits: int, per_scale: int, at_once: int, columns: int, lanes: int, lookup: int) -> Any:
     @njit(parallel=True, cache=True, nogil=True)
     def kernel(codes: Any, scales: Any, table: Any, x: Any, out: Any) -> None:
         rows = out.shape[1]
@@ -99,7 +103,7 @@ def _packed_kernel(bits: int, per_scale: int, at_once: int, columns: int, lanes:
             dot_packed(codes.ctypes.data + row * codes.strides[0], codes.strides[0],
                        scales.ctypes.data + row * scales.strides[0], scales.strides[0], table.ctypes.data,
                        x.ctypes.data, x.strides[0], out.ctypes.data + row * 4, out.strides[0], codes.shape[1],
-                       bits, per_scale, at_once, columns, lanes)
+                       bits, per_scale, at_once, columns, lanes, lookup)
 
     return kernel
 
@@ -120,25 +124,25 @@ def _dense_kernel(kind: int, at_once: int, columns: int, lanes: int) -> Any:
     return kernel
 
 
-def _decode_packed(weight: LaneWeight, tile: Rows, first: int) -> None:
-    kernel = _decode_kernel(weight.bits, weight.per_scale, weight.lanes)
+def _decode_packed(weight: LaneWeight, lookup: int, tile: Rows, first: int) -> None:
+    kernel = _decode_kernel(weight.bits, weight.per_scale, weight.lanes, lookup)
     kernel(weight.codes, weight.scales, weight.table, tile, first)
 
 
 @cache
-def _decode_kernel(bits: int, per_scale: int, lanes: int) -> Any:
+def _decode_kernel(bits: int, per_scale: int, lanes: int, lookup: int) -> Any:
     @njit(parallel=True, cache=True, nogil=True)
     def kernel(codes: Any, scales: Any, table: Any, tile: Any, first: Any) -> None:
         for i in prange(tile.shape[0]):
             row = first + i
             decode_packed(codes.ctypes.data + row * codes.strides[0], scales.ctypes.data + row * scales.strides[0],
                           table.ctypes.data, tile.ctypes.data + i * tile.strides[0], codes.shape[1],
-                          bits, per_scale, lanes)
+                          bits, per_scale, lanes, lookup)
 
     return kernel
 
 
-def _decode_dense(weight: NDArray[Any], tile: Rows, first: int, kind: int) -> None:
+def _decode_dense(weight: NDArray[Any], kind: int, tile: Rows, first: int) -> None:
     part = weight[first : first + tile.shape[0], : tile.shape[1]]
     if kind == 1:
         tile[:] = part
@@ -154,7 +158,7 @@ def _widen(part: Any, tile: Any) -> None:
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _decode_affine(packed: Any, scales: Any, biases: Any, tile: Any, first: Any, bits: Any) -> None:
+def _decode_affine(packed: Any, scales: Any, biases: Any, bits: Any, tile: Any, first: Any) -> None:
     group = tile.shape[1] // scales.shape[1]
     mask = np.uint32((1 << bits) - 1)
     for i in prange(tile.shape[0]):

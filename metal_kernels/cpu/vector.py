@@ -7,6 +7,7 @@ fields 30 and 31 are made of the two bits that each of the three words has left.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -20,9 +21,15 @@ KINDS = {0: I16, 1: F16, 2: F32}
 """Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
 
 
-def host_features() -> set[str]:
-    """Names of the instruction sets that the processor has, as LLVM spells them."""
-    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+SCALAR, AVX2, AVX512 = 0, 1, 2
+"""How a table is looked up: a lane at a time on any processor, or by x86's permutes of 8 or 16 lanes."""
+
+
+@cache
+def available_lookups() -> tuple[int, ...]:
+    """The ways this processor can look up tables, the fastest last."""
+    features = llvm.get_host_cpu_features()
+    return (SCALAR, *([AVX2] if features.get("avx2") else []), *([AVX512] if features.get("avx512f") else []))
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -53,15 +60,14 @@ def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) 
     return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4 if element in (I32, F32) else 2)
 
 
-def _lookup(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int) -> ir.Value:
-    """table[index mod 16] for each lane; `table` is the sixteen values as vectors of `lanes`."""
-    module, features = builder.module, host_features()
-    if lanes == 16 and "avx512f" in features:
+def _lookup(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int, lookup: int) -> ir.Value:
+    """table[index mod 16] for each lane; `table` is what `_load_table` returns."""
+    if lanes == 16 and lookup == AVX512:
         v = _vector(F32, 16)
         permute = cgutils.get_or_insert_function(
-            module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512")
+            builder.module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512")
         return builder.call(permute, [table[0], index])
-    if "avx2" in features:
+    if lookup != SCALAR:
         return _lookup_halves(builder, index, table, lanes)
     masked = builder.and_(index, _constant(15, lanes))
     result = ir.Constant(_vector(F32, lanes), ir.Undefined)
@@ -109,11 +115,11 @@ def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) 
         yield builder.or_(builder.lshr(top[1], one), builder.shl(top[2], one))
 
 
-def _packed_values(builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int,
-                   lanes: int) -> Iterator[ir.Value]:
+def _packed_values(builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int, lanes: int,
+                   lookup: int) -> Iterator[ir.Value]:
     words = [_load(builder, address, _vector(I32, lanes), 4 * lanes * w) for w in range(bits)]
     for index in _codes(builder, words, bits, lanes):
-        yield _lookup(builder, index, table, lanes)
+        yield _lookup(builder, index, table, lanes, lookup)
 
 
 def _dense_values(builder: ir.IRBuilder, address: ir.Value, kind: int, lanes: int) -> Iterator[ir.Value]:
@@ -150,16 +156,16 @@ def _literals(*arguments: Any) -> tuple[int, ...] | None:
 @intrinsic(prefer_literal=True)
 def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale_stride: Any, table: Any, x: Any,
                x_stride: Any, out: Any, out_stride: Any, blocks: Any, bits: Any, per_scale: Any, rows: Any,
-               columns: Any, lanes: Any) -> Any:
+               columns: Any, lanes: Any, lookup: Any) -> Any:
     """out[c, r] = sum of table[code[r]] * scale[r] * x[c] for `rows` weight rows and `columns` activations.
 
     Addresses and strides are in bytes. bits 2 to 4, per_scale fields to a scale (FIELDS or less; 0: one scale a
-    row, applied at the end), rows, columns and lanes are literals.
+    row, applied at the end), rows, columns, lanes and lookup are literals.
     """
-    literal = _literals(bits, per_scale, rows, columns, lanes)
+    literal = _literals(bits, per_scale, rows, columns, lanes, lookup)
     if literal is None:
         return None
-    n_bits, fields, n_rows, n_columns, n_lanes = literal
+    n_bits, fields, n_rows, n_columns, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
@@ -174,7 +180,7 @@ def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale
             w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
             s_block = builder.add(s, builder.mul(loop.index, I64(scale_bytes)))
             streams = [_packed_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table,
-                                      n_bits, n_lanes) for r in range(n_rows)]
+                                      n_bits, n_lanes, way) for r in range(n_rows)]
             sums = [[builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)]
                     for r in range(n_rows)]
             for field in range(FIELDS):
@@ -205,17 +211,17 @@ def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale
         return context.get_dummy_value()
 
     ints = [types.intp] * 10
-    return types.void(*ints, bits, per_scale, rows, columns, lanes), codegen
+    return types.void(*ints, bits, per_scale, rows, columns, lanes, lookup), codegen
 
 
 @intrinsic(prefer_literal=True)
 def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, blocks: Any, bits: Any,
-                  per_scale: Any, lanes: Any) -> Any:
+                  per_scale: Any, lanes: Any, lookup: Any) -> Any:
     """Write one row of packed weights as float32 values, scale * table[code]; addresses as in `dot_packed`."""
-    literal = _literals(bits, per_scale, lanes)
+    literal = _literals(bits, per_scale, lanes, lookup)
     if literal is None:
         return None
-    n_bits, fields, n_lanes = literal
+    n_bits, fields, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, s, t, o, n = args[:5]
@@ -225,7 +231,7 @@ def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, 
             out_block = builder.add(o, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
             w_block = builder.add(w, builder.mul(loop.index, I64(4 * n_lanes * n_bits)))
             s_block = builder.add(s, builder.mul(loop.index, I64(2 * (FIELDS // fields) if fields else 0)))
-            for field, value in enumerate(_packed_values(builder, w_block, lookup_table, n_bits, n_lanes)):
+            for field, value in enumerate(_packed_values(builder, w_block, lookup_table, n_bits, n_lanes, way)):
                 if fields and field % fields == 0:
                     scale = _half_scale(builder, s_block, field // fields, n_lanes)
                 place = builder.add(out_block, I64(4 * n_lanes * field))
@@ -233,7 +239,7 @@ def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, 
                               builder.inttoptr(place, _vector(F32, n_lanes).as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5, bits, per_scale, lanes), codegen
+    return types.void(*[types.intp] * 5, bits, per_scale, lanes, lookup), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -273,3 +279,25 @@ def dot_dense(typing: Any, weights: Any, weight_stride: Any, x: Any, x_stride: A
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 7, kind, rows, columns, lanes), codegen
+
+
+@intrinsic
+def hadamard16(typing: Any, source: Any, signs: Any, target: Any, norm: Any, runs: Any) -> Any:
+    """target = H_16 (source * signs * norm) for `runs` consecutive runs of 16 float32, by address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        x, s, y, factor, n = args
+        v = _vector(F32, 16)
+        scale = _splat(builder, factor, 16)
+        with cgutils.for_range(builder, n, intp=I64) as loop:
+            at = builder.mul(loop.index, I64(64))
+            value = builder.fmul(_load(builder, builder.add(x, at), v, 0), _load(builder, builder.add(s, at), v, 0))
+            value = builder.fmul(value, scale)
+            for step in (1, 2, 4, 8):
+                swapped = builder.shuffle_vector(value, value, ir.Constant(_vector(I32, 16), [i ^ step for i in range(16)]))
+                own = ir.Constant(v, [-1.0 if i & step else 1.0 for i in range(16)])
+                value = _fma(builder, value, own, swapped)
+            builder.store(value, builder.inttoptr(builder.add(y, at), v.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.float32, types.intp), codegen
