@@ -62,9 +62,7 @@ class TensorInfo:
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
         raw = self._read(self.start + first * row, (last - first) * row)
         check_finite(raw, self)
-        values = mx.array(raw.view(FLOATS[self.dtype]))
-        values = values.view(mx.bfloat16) if self.dtype == "BF16" else values
-        return values.reshape(last - first, *self.shape[1:])
+        return decode(raw, self.dtype).reshape(last - first, *self.shape[1:])
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
         """The tensor's bytes in pieces of at most 16 MB."""
@@ -85,6 +83,12 @@ class TensorInfo:
                     )
                 view = view[count:]
         return buffer
+
+
+def decode(raw: NDArray[np.uint8], dtype: str) -> mx.array:
+    """The bytes of a float tensor, or a piece of one, as a flat mx.array of its dtype, one of FLOATS."""
+    values = mx.array(raw.view(FLOATS[dtype]))
+    return values.view(mx.bfloat16) if dtype == "BF16" else values
 
 
 def check_finite(raw: NDArray[np.uint8], info: TensorInfo) -> None:
@@ -222,7 +226,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, piece: NDArray[Any] | mx.array) -> None:
         """Append bytes to a tensor. Raises ValueError where it was announced smaller, or not at all."""
-        array: NDArray[Any] = np.array(piece, copy=False) if isinstance(piece, mx.array) else piece
+        array: NDArray[Any] = np.asarray(piece)
         raw: NDArray[np.uint8] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if raw.nbytes > self._left.get(name, 0):
             raise ValueError(
@@ -252,16 +256,20 @@ class SafetensorsWriter:
             os.fsync(self._file.fileno())
 
 
-def assign_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File names and their tensors, in order, each of at most max_bytes unless one tensor is larger."""
+def assign_shards(groups: Sequence[Sequence[TensorSpec]], max_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File names and their tensors, in order, each file of at most max_bytes unless one group is larger.
+
+    groups: tensors that must be in one file.
+    """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
-    for spec in tensors:
-        if shards[-1] and filled + spec.nbytes > max_bytes:
+    for group in groups:
+        size = sum(spec.nbytes for spec in group)
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(spec)
-        filled += spec.nbytes
+        shards[-1].extend(group)
+        filled += size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

@@ -1,0 +1,226 @@
+"""Converting a model: from safetensors to safetensors, a piece of a layer at a time."""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from quant_engine import blueprint
+from quant_engine.blueprint import Blueprint
+from quant_engine.config import QuantConfig
+from quant_engine.errors import OutputError, RecipeError
+from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.model_card import licence, model_card
+from quant_engine.output_folder import atomic_folder
+from quant_engine.progress import Progress, silent
+from quant_engine.quantizer import CHUNK_VALUES, quantize_weight
+from quant_engine.safetensors_file import (
+    SafetensorsWriter,
+    TensorInfo,
+    TensorSpec,
+    check_finite,
+    decode,
+    index_json,
+)
+from quant_engine.source import ALLOWED_FILES, INDEX, Source, file_sha256, resolve
+
+_MADE_HERE = ("config.json", "README.md", INDEX)
+_MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+class OutputFile(NamedTuple):
+    """A file of the converted model."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """A conversion that was carried out.
+
+    source: name, revision and content_sha256 of the original. bits_per_weight: of the quantized modules,
+    counted from the bytes on disk. size_bytes and source_size_bytes: of the safetensors files. parameters:
+    of the model, and quantized_parameters of them in `modules` layers; excluded: why others are kept, by
+    path. seconds: in all. peak_memory_bytes: the most that the process held so far, weights or not.
+    """
+
+    path: Path
+    source: dict[str, str | None]
+    config: QuantConfig
+    bits_per_weight: float
+    size_bytes: int
+    source_size_bytes: int
+    parameters: int
+    quantized_parameters: int
+    modules: int
+    excluded: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    files: list[OutputFile]
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    config: QuantConfig | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    keep_unfitting: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = blueprint.MAX_SHARD_BYTES,
+    progress: Progress = silent,
+) -> ConversionResult:
+    """Convert a model folder or Hub repository (at `revision`) to TurboQuant in the folder `output`.
+
+    config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
+    weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
+    whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
+    stays within a few pieces of 2^22 weights, whatever the model's size.
+
+    The folder appears when it is whole; an exception, from `progress` too, or a killed process leaves none.
+    Raises a TurboQuantError that says what is wrong with source, recipe or output.
+    """
+    started = time.perf_counter()
+    recipe = config or QuantConfig()
+    origin = resolve(source, revision=revision, progress=progress)
+    target = Path(output).expanduser().absolute()
+    if target.resolve() == origin.path.resolve():
+        raise OutputError(f"{target} is the source itself; choose another output")
+    drawn = blueprint.draw(
+        origin.config,
+        origin.tensors,
+        recipe,
+        dtype=dtype,
+        keep_unfitting=keep_unfitting,
+        max_shard_bytes=max_shard_bytes,
+    )
+    extra = _extra_files(origin)
+    size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
+    with atomic_folder(target, size_bytes=size, overwrite=overwrite) as folder:
+        _write_weights(folder, origin, drawn, recipe, progress)
+        _write_rest(folder, target.name, origin, drawn, recipe, dtype, extra)
+        files = [_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
+    return ConversionResult(
+        path=target,
+        source=origin.origin(),
+        config=recipe,
+        bits_per_weight=drawn.bits_per_weight,
+        size_bytes=weights,
+        source_size_bytes=origin.size_bytes,
+        parameters=drawn.parameters,
+        quantized_parameters=drawn.quantized_parameters,
+        modules=len(drawn.modules),
+        excluded=dict(drawn.excluded),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        files=files,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held, resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Meter:
+    """Counts bytes of the source that are done."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int, name: str) -> None:
+        self._done += count
+        self._progress(self._done, self._total, name)
+
+
+def _write_weights(folder: Path, source: Source, drawn: Blueprint, recipe: QuantConfig, progress: Progress) -> None:
+    total = sum(info.nbytes for info in source.tensors.values())
+    meter = _Meter(progress, total)
+    for file, specs in drawn.shards.items():
+        with SafetensorsWriter(folder / file, specs) as writer:
+            for spec in specs:
+                path = spec.name.rpartition(".")[0]
+                if spec.name in drawn.kept:
+                    _copy(writer, source.tensors[spec.name], spec, meter)
+                elif spec.name == f"{path}.weight":
+                    _quantize(writer, path, source.tensors[spec.name], drawn.modules[path], recipe, meter)
+    if len(drawn.shards) > 1:
+        (folder / INDEX).write_text(index_json(drawn.shards))
+    progress(total, total, "weights written")
+
+
+def _quantize(
+    writer: SafetensorsWriter, path: str, info: TensorInfo, entry: ModuleEntry, recipe: QuantConfig, meter: _Meter
+) -> None:
+    out, width = info.shape
+    step = max(1, CHUNK_VALUES // width)
+    for first in range(0, out, step):
+        last = min(first + step, out)
+        part = quantize_weight(info.rows(first, last), recipe, entry.bits)
+        writer.write(f"{path}.weight", part.packed)
+        writer.write(f"{path}.scales", part.scales)
+        if part.residual is not None:
+            writer.write(f"{path}.qjl_signs", part.residual.signs)
+            writer.write(f"{path}.qjl_norms", part.residual.norms)
+        meter.add(info.nbytes * (last - first) // out, path)
+
+
+def _copy(writer: SafetensorsWriter, info: TensorInfo, spec: TensorSpec, meter: _Meter) -> None:
+    for piece in info.chunks():
+        check_finite(piece, info)
+        writer.write(spec.name, piece if spec.dtype == info.dtype else _cast(piece, info, spec.dtype))
+        meter.add(piece.nbytes, info.name)
+
+
+def _cast(piece: NDArray[np.uint8], info: TensorInfo, dtype: str) -> mx.array:
+    values = decode(piece, info.dtype).astype(_MLX_DTYPES[dtype])
+    if not mx.all(mx.isfinite(values)):
+        raise RecipeError(
+            f"tensor {info.name} has values beyond the range of {dtype}; use bfloat16 or float32, or leave "
+            "the dtype as it is"
+        )
+    return values.view(mx.uint16) if dtype == "BF16" else values
+
+
+def _extra_files(source: Source) -> list[Path]:
+    """Tokenizer, generation settings and chat templates, which are copied as they are."""
+    found = {file for pattern in ALLOWED_FILES for file in source.path.glob(pattern) if file.is_file()}
+    return sorted(f for f in found if f.name not in _MADE_HERE and f.suffix != ".safetensors")
+
+
+def _write_rest(
+    folder: Path,
+    name: str,
+    source: Source,
+    drawn: Blueprint,
+    recipe: QuantConfig,
+    dtype: str | None,
+    extra: list[Path],
+) -> None:
+    for file in extra:
+        copy = folder / file.relative_to(source.path)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, source.origin())
+    config: dict[str, Any] = {**source.config, "quantization": manifest.to_dict()}
+    if dtype:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    terms = licence(source.path / "README.md")
+    (folder / "README.md").write_text(model_card(name, source.origin(), recipe, drawn, terms), encoding="utf-8")
+
+
+def _describe(path: Path, folder: Path) -> OutputFile:
+    return OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))

@@ -1,0 +1,100 @@
+"""The model card of a converted model."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from quant_engine.blueprint import Blueprint
+from quant_engine.config import QuantConfig
+
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def licence(card: Path) -> dict[str, str]:
+    """The licence that a model card's front matter states; empty where it has none, or there is no card."""
+    if not card.is_file():
+        return {}
+    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    lines = matter.group(1).splitlines() if matter else []
+    pairs = (line.partition(":") for line in lines if not line.startswith((" ", "-", "#")))
+    return {key: value.strip() for key, _, value in pairs if key in _LICENCE_KEYS and value.strip()}
+
+
+def model_card(
+    name: str, origin: Mapping[str, str | None], recipe: QuantConfig, drawn: Blueprint, terms: Mapping[str, str]
+) -> str:
+    """The text of README.md: what the model is made from, how, how large it is, how to run it, its licence."""
+    matter = ["---", *(f"{key}: {value}" for key, value in terms.items())]
+    source = str(origin["name"])
+    if origin["revision"]:
+        matter.append(f"base_model: {source}")
+    matter += ["library_name: mlx", "tags:", "- mlx", "- turboquant", "---", ""]
+    stated = terms.get("license_name") or terms.get("license")
+    rows = {
+        "source": source,
+        "commit": origin["revision"],
+        "content (SHA-256)": origin["content_sha256"],
+        "code": f"Lloyd-Max, {recipe.bits} bits" + (", and one bit of QJL residual" if recipe.use_qjl else ""),
+        "scales": f"float16, {_groups(recipe)}, {_SCALES[recipe.scale]}",
+        "rotation": f"{recipe.rotation}, seed {recipe.seed}",
+        "bits a weight, scales included": f"{drawn.bits_per_weight:.3f}",
+        "weights quantized": f"{drawn.quantized_parameters:,} of {drawn.parameters:,}",
+        "size": f"{drawn.size_bytes / 1e6:,.1f} MB",
+    }
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
+    return "\n".join(
+        [
+            *matter,
+            f"# {name}",
+            "",
+            _INTRODUCTION,
+            "",
+            *table,
+            "",
+            *_kept(drawn),
+            "",
+            _USE.format(name=name),
+            "",
+            "## Licence",
+            "",
+            _licence_text(stated, source),
+            "",
+        ]
+    )
+
+
+_SCALES = {"search": "of least squared error", "rms": "the root mean square"}
+
+_INTRODUCTION = (
+    "Weights compressed with TurboQuant (arXiv 2504.19874): a randomized Hadamard rotation, then the nearest of a few "
+    "values optimal for a Gaussian. No calibration data was used."
+)
+
+_USE = """## Use
+
+With tq-mcp (`pip install tq-mcp`):
+
+    tq-mcp generate --model PATH/{name} --prompt "Once upon a time"
+
+or in Python:
+
+    from quant_engine import load
+    model, tokenizer = load("PATH/{name}")"""
+
+
+def _groups(recipe: QuantConfig) -> str:
+    return f"one for {recipe.group_size} weights" if recipe.group_size else "one a row"
+
+
+def _kept(drawn: Blueprint) -> list[str]:
+    """How many modules are in full precision, by reason."""
+    reasons: dict[str, int] = {}
+    for reason in drawn.excluded.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return ["Kept as they came: " + "; ".join(f"{reason} ({count})" for reason, count in reasons.items()) + "."]
+
+
+def _licence_text(stated: str | None, source: str) -> str:
+    if stated:
+        return f"{stated}, that of {source}."
+    return f"{source} states none in its card; its terms apply to this model too."

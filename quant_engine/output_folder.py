@@ -1,0 +1,146 @@
+"""A folder that appears whole or not at all, and survives a process that is killed."""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quant_engine.errors import OutputError
+
+_PARTIAL, _REPLACED = "partial", "replaced"
+_MARGIN_BYTES = 16_000_000
+_DISK = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file got too large",
+    errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the disk is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+}  # fmt: skip
+
+
+@contextmanager
+def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False) -> Generator[Path]:
+    """A new folder beside `output` to write in; it takes output's name when the block ends without an exception.
+
+    size_bytes: what will be written, checked against the free space first. What an exception or a killed
+    process leaves is removed, at once or when the same output is made the next time; a folder that is being
+    overwritten stays until the new one is whole. Raises OutputError where output exists (unless overwrite),
+    cannot be written or does not fit.
+    """
+    with _disk_errors(output):
+        _check_target(output, overwrite)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _recover(output)
+        _check_target(output, overwrite)
+        _check_space(output, size_bytes)
+        folder = output.parent / f"{_prefix(output, _PARTIAL)}{secrets.token_hex(4)}"
+        folder.mkdir()
+        lock = _lock(folder)
+        try:
+            yield folder
+            sync_files(folder)
+            _take_place(folder, output, overwrite)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def sync_files(folder: Path) -> None:
+    """Flush every file under a folder, and the folder, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise OutputError(
+            f"cannot write {output}: {_DISK[error.errno]}; nothing was left there: free space or choose "
+            "another place, then run it again"
+        ) from error
+
+
+def _check_target(output: Path, overwrite: bool) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} is not a folder; choose another output")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{output} exists already; choose another output, or ask for it to be overwritten")
+    if not (output / "config.json").exists():
+        raise OutputError(
+            f"{output} is not a model (it has no config.json), so it is not overwritten; choose another "
+            "output, or remove it yourself"
+        )
+
+
+def _check_space(output: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < size_bytes + _MARGIN_BYTES:
+        raise OutputError(
+            f"{output} would take {size_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free there; free "
+            "some space, choose another disk, or fewer bits"
+        )
+
+
+def _prefix(output: Path, kind: str) -> str:
+    return f".{output.name}.{kind}-"
+
+
+def _siblings(output: Path, kind: str) -> list[Path]:
+    return [path for path in output.parent.iterdir() if path.name.startswith(_prefix(output, kind))]
+
+
+def _recover(output: Path) -> None:
+    """Put back a folder that a killed process was about to replace, and remove what killed processes left."""
+    for folder in _siblings(output, _REPLACED):
+        if not output.exists():
+            folder.rename(output)
+        else:
+            shutil.rmtree(folder)
+    for folder in _siblings(output, _PARTIAL):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder, held as long as the descriptor is open; None where another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _take_place(folder: Path, output: Path, overwrite: bool) -> None:
+    """Give the finished folder its name; a folder that is there moves aside and is removed last."""
+    _check_target(output, overwrite)
+    aside = None
+    if output.exists():
+        aside = output.parent / folder.name.replace(_prefix(output, _PARTIAL), _prefix(output, _REPLACED))
+        output.rename(aside)
+    folder.rename(output)
+    sync = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(sync)
+    finally:
+        os.close(sync)
+    if aside is not None:
+        shutil.rmtree(aside)
