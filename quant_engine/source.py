@@ -98,10 +98,15 @@ def resolve(ref: str | Path, *, revision: str | None = None, progress: Progress 
     folder = Path(ref).expanduser()
     if folder.exists():
         return open_folder(folder)
-    if isinstance(ref, Path) or not _REPOSITORY.fullmatch(ref):
+    if isinstance(ref, Path) or not is_repository(ref):
         raise SourceError(f"no model at {ref}{_near(folder)}; give a folder, or a Hub repository as owner/name")
     path, commit = _download(ref, revision, progress)
     return open_folder(path, repo=ref, revision=commit)
+
+
+def is_repository(ref: str) -> bool:
+    """Whether `ref` names a Hub repository: "owner/name", and no local file or folder of that name exists."""
+    return bool(_REPOSITORY.fullmatch(ref)) and not Path(ref).exists()
 
 
 def open_folder(folder: Path, *, repo: str | None = None, revision: str | None = None) -> Source:

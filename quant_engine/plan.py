@@ -1,0 +1,211 @@
+"""What a conversion would give, before it is made: sizes, memory, whether it fits, and what to choose."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import psutil
+
+from quant_engine import blueprint
+from quant_engine.config import QuantConfig
+from quant_engine.errors import InputError, SourceError
+from quant_engine.progress import Progress, silent
+from quant_engine.safetensors_file import TensorInfo
+from quant_engine.source import check_files, check_no_code, hub_listing, is_repository, read_json, resolve
+
+CACHES = ((16, 16), (8, 8), (8, 4), (4, 4), (3, 3))
+"""Bits of keys and values that are compared; 16 is full precision."""
+
+CACHE_GROUP = 64
+RUNTIME_BYTES = 600_000_000
+"""Python, MLX, compiled kernels, tokenizer, and activations of a prompt's chunk: about 450 MB on Linux, rounded up."""
+
+USABLE = 0.9
+"""Share of the available memory that a model may take."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One recipe.
+
+    size_bytes: of the safetensors files, exact. compression: how many times smaller than the source. memory_bytes:
+    to run it, weights, a float16 cache of the plan's context and RUNTIME_BYTES. fits: whether that is at most 90 %
+    of the memory available now.
+    """
+
+    bits: int
+    group_size: int
+    bits_per_weight: float
+    size_bytes: int
+    compression: float
+    memory_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class PlanCache:
+    """Bytes of a key-value cache at the plan's context, for bits of keys and values (16: float16)."""
+
+    k_bits: int
+    v_bits: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a model at each width, and what to choose on this machine.
+
+    memory_to_convert_bytes: what converting takes at most. available_memory_bytes, total_memory_bytes: this
+    machine's. recommended_bits: 0 where none fits; reason: in a sentence.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    parameters: int
+    quantized_parameters: int
+    source_size_bytes: int
+    context: int
+    memory_to_convert_bytes: int
+    available_memory_bytes: int
+    total_memory_bytes: int
+    rows: list[PlanRow]
+    caches: list[PlanCache]
+    excluded: dict[str, str]
+    recommended_bits: int
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """What is known of a model without reading its weights."""
+
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    size_bytes: int
+
+
+def plan(
+    source: str | Path,
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    group_size: int = 64,
+    context: int = 4096,
+    use_qjl: bool = False,
+    keep_unfitting: bool = False,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Plan the conversion of a model folder, or of a Hub repository without downloading its weights.
+
+    context: tokens that the key-value cache is to hold. Raises a TurboQuantError as `convert` would.
+    """
+    if not bits:
+        raise InputError("no bits to plan for; give one or more of 2, 3, 4")
+    if type(context) is not int or context < 1:
+        raise InputError(f"a context of {context!r} tokens; it must be a positive whole number")
+    found = _headers(source, revision, progress)
+    drawn = {
+        b: blueprint.draw(
+            found.config,
+            found.tensors,
+            QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl),
+            keep_unfitting=keep_unfitting,
+        )
+        for b in sorted(set(bits))
+    }
+    caches = [PlanCache(k, v, cache_bytes(found.config, context, k, v)) for k, v in CACHES]
+    memory = psutil.virtual_memory()
+    rows = [_row(b, group_size, d, found.size_bytes, caches[0].cache_bytes, memory.available) for b, d in drawn.items()]
+    recommended, reason = _recommend(rows, context, memory.available)
+    first = next(iter(drawn.values()))
+    return Plan(
+        model=found.name,
+        revision=found.revision,
+        model_type=str(found.config["model_type"]),
+        parameters=first.parameters,
+        quantized_parameters=first.quantized_parameters,
+        source_size_bytes=found.size_bytes,
+        context=context,
+        memory_to_convert_bytes=RUNTIME_BYTES,
+        available_memory_bytes=memory.available,
+        total_memory_bytes=memory.total,
+        rows=rows,
+        caches=caches,
+        excluded=dict(first.excluded),
+        recommended_bits=recommended,
+        reason=reason,
+    )
+
+
+def cache_bytes(config: Mapping[str, Any], context: int, k_bits: int, v_bits: int) -> int:
+    """Bytes of a key-value cache of `context` tokens: codes, and float16 scales of groups of 64 (16 bits: float16)."""
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    scales = 2 * math.ceil(size / CACHE_GROUP)
+    per_head = sum(size * bits // 8 + (scales if bits < 16 else 0) for bits in (k_bits, v_bits))
+    return config["num_hidden_layers"] * heads * context * per_head
+
+
+def _headers(ref: str | Path, revision: str | None, progress: Progress) -> _Headers:
+    """Headers of a local model, or of a repository over the network; the cached copy where there is none."""
+    if isinstance(ref, str) and is_repository(ref):
+        try:
+            return _remote(ref, revision)
+        except ConnectionError:
+            progress(0, 1, f"no network: looking for a copy of {ref} downloaded before")
+    found = resolve(ref, revision=revision, progress=progress)
+    return _Headers(found.name, found.revision, found.config, found.tensors, found.size_bytes)
+
+
+def _remote(repo: str, revision: str | None) -> _Headers:
+    commit, files = hub_listing(repo, revision)
+    check_files(list(files), repo)
+    try:
+        config = read_json(Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=commit)))
+        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
+    except huggingface_hub.errors.SafetensorsParsingError as error:
+        raise SourceError(f"the weights of {repo} cannot be read ({error}); it may be damaged") from error
+    check_no_code(config, "config.json")
+    tensors = {
+        name: TensorInfo(Path(file), name, info.dtype, tuple(info.shape), *info.data_offsets)
+        for file, held in metadata.files_metadata.items()
+        for name, info in held.tensors.items()
+    }
+    return _Headers(repo, commit, config, tensors, sum(files[file] for file in metadata.files_metadata))
+
+
+def _row(
+    bits: int, group_size: int, drawn: blueprint.Blueprint, source_bytes: int, cache: int, available: int
+) -> PlanRow:
+    size = drawn.size_bytes
+    memory = size + cache + RUNTIME_BYTES
+    return PlanRow(
+        bits, group_size, drawn.bits_per_weight, size, source_bytes / size, memory, memory <= USABLE * available
+    )
+
+
+def _recommend(rows: Sequence[PlanRow], context: int, available: int) -> tuple[int, str]:
+    """The most bits that fit, and why."""
+    have = f"{available / 1e9:.1f} GB of memory available"
+    fitting = [row for row in rows if row.fits]
+    if not fitting:
+        least = min(rows, key=lambda row: row.memory_bytes)
+        return 0, (
+            f"no width fits: {least.bits} bits with {context:,} tokens take {least.memory_bytes / 1e9:.1f} GB and "
+            f"there are {have}; choose a smaller model, a shorter context or a compressed cache"
+        )
+    best = max(fitting, key=lambda row: row.bits)
+    need = f"{best.memory_bytes / 1e9:.1f} GB with {context:,} tokens of float16 cache, of {have}"
+    if best.bits == max(row.bits for row in rows):
+        return best.bits, f"the most accurate of the widths fits: {need}"
+    return best.bits, f"the most accurate width that fits: {need}; more bits do not fit"
