@@ -4,9 +4,10 @@
 
 The text is split at blank lines into documents. An eighth of the rows also state made-up facts ("The
 secret code of Oslo is 4 8 2 1 3.") and ask for them later, so that damage to a key-value cache shows as
-forgotten facts; the answers weigh more than other tokens, or too few would be seen to learn from. Needs torch, tokenizers, numpy and safetensors; a GPU is used where there is one.
-The output folder is a Hugging Face checkpoint, rewritten as training goes, plus training.json, which
-records the measurements and the number of steps: pass that as --steps to repeat a run.
+forgotten facts; answers weigh more than other tokens, since they are too few to be learned otherwise.
+Needs torch, tokenizers, numpy and safetensors; a GPU is used where there is one. The output folder is a
+Hugging Face checkpoint, rewritten as training goes, plus training.json, which records the measurements
+and the number of steps: pass that as --steps to repeat a run.
 """
 
 import argparse
