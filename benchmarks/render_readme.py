@@ -84,9 +84,7 @@ def render(readme: str, results: Path) -> str:
     ]
     body = "\n\n".join(parts) or "Nothing was measured yet: run `make bench`."
     if not MARKERS.search(readme):
-        raise ValueError(
-            "README has no results:begin and results:end markers: put them where the tables belong"
-        )
+        raise ValueError("README has no results:begin and results:end markers: put them where the tables belong")
     return MARKERS.sub(lambda found: f"{found[1]}{body}\n{found[2]}", readme)
 
 

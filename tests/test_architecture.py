@@ -183,12 +183,7 @@ def test_only_the_adapter_touches_the_inside_of_mlx_lm(ours: list[Module]) -> No
 
 
 def test_the_environment_is_read_in_one_place(ours: list[Module]) -> None:
-    reads = [
-        read
-        for module in ours
-        if module.name not in ENVIRONMENT_READERS
-        for read in environment_reads(module)
-    ]
+    reads = [read for module in ours if module.name not in ENVIRONMENT_READERS for read in environment_reads(module)]
     assert reads == []
 
 
@@ -262,18 +257,14 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     ],
     ids=["engine and kernels without server and registry", "kernels alone", "registry alone"],
 )
-def test_packages_import_without_what_they_do_not_need(
-    packages: list[str], blocked: list[str], tmp_path: Path
-) -> None:
+def test_packages_import_without_what_they_do_not_need(packages: list[str], blocked: list[str], tmp_path: Path) -> None:
     code = WITHOUT.replace("{blocked}", repr(set(blocked))).replace("{packages}", repr(packages))
     finished = run_python(code, tmp_path)
     assert finished.returncode == 0, finished.stderr
 
 
 def test_importing_does_nothing_else(tmp_path: Path) -> None:
-    finished = run_python(
-        SIDE_EFFECTS.replace("IMPORT", f"import {', '.join(PACKAGES)}, tq_mcp.cli"), tmp_path
-    )
+    finished = run_python(SIDE_EFFECTS.replace("IMPORT", f"import {', '.join(PACKAGES)}, tq_mcp.cli"), tmp_path)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -297,9 +288,7 @@ class TestTheChecksThemselves:
         assert [item.target for item in imports(found[0])] == ["quant_engine.b.c"]
 
     def test_a_cycle_is_found(self, tmp_path: Path) -> None:
-        found = self.tree(
-            tmp_path, registry__in__a="from registry.b import x", registry__in__b="from . import a"
-        )
+        found = self.tree(tmp_path, registry__in__a="from registry.b import x", registry__in__b="from . import a")
         assert find_cycle(graph(found)) == ["registry.a", "registry.b", "registry.a"]
 
     def test_an_import_inside_a_method_is_found(self, tmp_path: Path) -> None:

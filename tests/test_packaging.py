@@ -74,9 +74,7 @@ class TestTheWheel:
         assert ours - set(names) == set()
 
     def test_it_holds_nothing_else(self, names: dict[str, int]) -> None:
-        assert {name.split("/")[0] for name in names} - set(PACKAGES) == {
-            f"tq_mcp-{PROJECT['version']}.dist-info"
-        }
+        assert {name.split("/")[0] for name in names} - set(PACKAGES) == {f"tq_mcp-{PROJECT['version']}.dist-info"}
 
     def test_it_holds_the_trained_model_within_its_limit(self, names: dict[str, int]) -> None:
         folder = "tq_mcp/demo_model/"
@@ -120,9 +118,7 @@ class TestDependencies:
 class TestMake:
     def test_each_target_that_a_document_names_is_there(self) -> None:
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-        named = {
-            name for path in DOCUMENTS for name in re.findall(r"(?:`|    )make ([a-z]+)", path.read_text())
-        }
+        named = {name for path in DOCUMENTS for name in re.findall(r"(?:`|    )make ([a-z]+)", path.read_text())}
         assert {"demo", "test"} <= named <= targets
 
     def test_the_checks_run_the_commands_of_the_readme(self) -> None:
@@ -144,9 +140,7 @@ class TestMake:
     def test_a_missing_python_is_named_with_the_command_that_installs_it(self, tmp_path: Path) -> None:
         failed = make("demo", "PYTHON=", f"VENV={tmp_path / 'venv'}")
         assert failed.returncode != 0
-        assert (
-            "Python 3.11 or newer is needed" in failed.stderr and "apt-get install python3" in failed.stderr
-        )
+        assert "Python 3.11 or newer is needed" in failed.stderr and "apt-get install python3" in failed.stderr
 
     def test_a_python_without_venv_is_named_with_the_command_that_installs_it(self, tmp_path: Path) -> None:
         python = tmp_path / "python-without-venv"
@@ -171,9 +165,7 @@ class TestMake:
     def test_an_nvidia_gpu_gets_the_cuda_build_of_mlx(self, tmp_path: Path) -> None:
         planned = make("--dry-run", "demo", f"VENV={tmp_path / 'venv'}", "HAS_NVIDIA=yes").stdout
         assert "uninstall --yes mlx-cpu" in planned and "mlx[cuda13]" in planned
-        assert (
-            "mlx[cuda13]" not in make("--dry-run", "demo", f"VENV={tmp_path / 'venv'}", "HAS_NVIDIA=").stdout
-        )
+        assert "mlx[cuda13]" not in make("--dry-run", "demo", f"VENV={tmp_path / 'venv'}", "HAS_NVIDIA=").stdout
 
 
 class TestTheDocuments:
