@@ -1,0 +1,224 @@
+"""What quantizing costs a model: perplexity, and distance from full precision, side by side on the same text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+import metal_kernels
+from quant_engine.config import QuantConfig
+from quant_engine.errors import InputError, RecipeError
+from quant_engine.loader import load_source, load_tokenizer
+from quant_engine.manifest import Manifest
+from quant_engine.perplexity import Estimate, difference, perplexity, windows
+from quant_engine.progress import Progress, silent
+from quant_engine.prompt import check_context
+from quant_engine.score import Score, logits_array, score
+from quant_engine.source import Source, resolve
+from quant_engine.text import Text
+from quant_engine.variants import FloatModel, Method, Recipe, Variant, converted
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One variant's measurements.
+
+    bits_per_weight: of the quantized layers, scales included. size_bytes: the whole model as stored. ppl_stderr:
+    over windows, None for one window. kl: mean KL(float || variant) in nats a token; top1: share of tokens with
+    the same most likely next token; both None where no float model was there to compare with.
+    """
+
+    method: Method
+    bits: int | None
+    group_size: int | None
+    bits_per_weight: float
+    size_bytes: int
+    ppl: float
+    ppl_stderr: float | None
+    kl: float | None
+    top1: float | None
+    backend: str
+    kernel_path: str
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Rows on the same windows of one text; tokens is how many were scored for each row.
+
+    differences: for each row, its perplexity less the float row's, with a standard error that takes the windows
+    as pairs; None where there is no float row.
+    """
+
+    model: str
+    text_name: str
+    text_sha256: str
+    seq_len: int
+    num_samples: int
+    tokens: int
+    rows: tuple[EvaluationRow, ...]
+    differences: tuple[Estimate | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values, `differences` left out."""
+        return {
+            "model": self.model,
+            "text": {"name": self.text_name, "sha256": self.text_sha256},
+            "seq_len": self.seq_len,
+            "num_samples": self.num_samples,
+            "tokens": self.tokens,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+class Steps:
+    """A count of steps done out of all, passed on to a `Progress`."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, message: str) -> None:
+        """One more step is done."""
+        self._done += 1
+        self._progress(self._done, self._total, message)
+
+
+def evaluate(
+    ref: str | Path,
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    group_size: int = 64,
+    text: Text,
+    seq_len: int = 512,
+    num_samples: int = 32,
+    affine: bool = True,
+    qjl: bool = True,
+    reference: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> EvaluationReport:
+    """Measure a model in full precision and quantized, its linear layers as the conversion policy takes them.
+
+    Rows: float, then for each of `bits` affine (MLX's own quantization of the same layers), turboquant, and
+    turboquant+qjl; `affine` and `qjl` leave theirs out. A model converted already is measured as it is, with its
+    own bits; float and affine rows join it where `reference`, the float model that it was made from, is given.
+
+    text is cut into num_samples windows of seq_len tokens, fewer where it ends before. Each window runs through
+    all variants in turn, so memory holds all quantized forms of the layers at once. Raises a TurboQuantError that
+    says what to change.
+    """
+    source = resolve(ref, revision=revision, progress=progress)
+    manifest = Manifest.from_config(source.config)
+    cut = windows(load_tokenizer(source), text, seq_len, num_samples)
+    if manifest is None:
+        recipes = float_recipes(bits, group_size, affine, qjl)
+        variants, steps = _of_float(source, recipes, cut, progress)
+    else:
+        origin = None if reference is None else resolve(reference, progress=progress)
+        variants, steps = _of_converted(source, manifest, origin, affine, cut, progress)
+    scores, paths = _run(variants, cut, steps)
+    return _report(source.name, text, cut, variants, scores, paths)
+
+
+def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool) -> list[Recipe]:
+    """The recipes of a float model's rows, in their order; raises RecipeError for what does not exist."""
+    wanted: dict[Method, bool] = {"affine": affine, "turboquant": True, "turboquant+qjl": qjl}
+    methods = [method for method, included in wanted.items() if included]
+    if affine and group_size not in (32, 64, 128):
+        raise RecipeError(
+            f"affine quantization has no group size {group_size}; choose 32, 64 or 128, or turn affine off"
+        )
+    configs = [QuantConfig(bits=b, group_size=group_size) for b in dict.fromkeys(bits)]
+    return [Recipe(method, config) for config in configs for method in methods]
+
+
+def _of_float(
+    source: Source, recipes: list[Recipe], cut: NDArray[np.int32], progress: Progress
+) -> tuple[list[Variant], Steps]:
+    config = recipes[0].config if recipes else QuantConfig()
+    model = load_source(source, fuse=False)
+    check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
+    full = FloatModel(model, source.size_bytes, config)
+    steps = Steps(progress, len(recipes) * len(full) + (len(recipes) + 1) * len(cut))
+    made = [full.quantized(r, lambda label=r.label: steps.add(f"quantizing: {label}")) for r in recipes]
+    return [full.variant(), *made], steps
+
+
+def _of_converted(
+    source: Source,
+    manifest: Manifest,
+    origin: Source | None,
+    affine: bool,
+    cut: NDArray[np.int32],
+    progress: Progress,
+) -> tuple[list[Variant], Steps]:
+    model = load_source(source, fuse=False)
+    check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
+    own = converted(model, manifest, source.size_bytes)
+    if origin is None:
+        return [own], Steps(progress, len(cut))
+    if Manifest.from_config(origin.config) is not None:
+        raise InputError(f"the reference {origin.name!r} is converted itself; give the float model it was made from")
+    recipe = manifest.config
+    recipes = [Recipe("affine", recipe)] if affine and recipe.group_size else []
+    variants, steps = _of_float(origin, recipes, cut, progress)
+    return [*variants, own], steps
+
+
+def _run(
+    variants: list[Variant], cut: NDArray[np.int32], steps: Steps
+) -> tuple[list[list[Score]], list[tuple[str, str]]]:
+    """Scores of each variant on each window, and the (backend, kernel path) that each ran on."""
+    scores: list[list[Score]] = [[] for _ in variants]
+    paths = [("", "")] * len(variants)
+    for number, window in enumerate(cut, 1):
+        tokens, targets = mx.array(window[:-1]), window[1:]
+        expected: NDArray[np.float32] | None = None
+        for i, variant in enumerate(variants):
+            metal_kernels.reset_paths()
+            logits = logits_array(variant.logits(tokens))
+            paths[i] = (metal_kernels.active_backend(), metal_kernels.kernel_path())
+            if variant.method == "float":
+                expected = logits
+            scores[i].append(score(logits, targets, expected))
+            steps.add(f"window {number} of {len(cut)}: {variant.label}")
+    return scores, paths
+
+
+def _report(
+    model: str,
+    text: Text,
+    cut: NDArray[np.int32],
+    variants: list[Variant],
+    scores: list[list[Score]],
+    paths: list[tuple[str, str]],
+) -> EvaluationReport:
+    count, length = cut.shape
+    rows = tuple(_row(*measured) for measured in zip(variants, scores, paths, strict=True))
+    has_float = variants[0].method == "float"
+    differences = tuple(difference(s, scores[0]) if has_float else None for s in scores)
+    tokens = count * (length - 1)
+    return EvaluationReport(model, text.name, text.sha256, length, count, tokens, rows, differences)
+
+
+def _row(variant: Variant, scores: list[Score], path: tuple[str, str]) -> EvaluationRow:
+    estimate = perplexity(scores)
+    positions = sum(s.positions for s in scores)
+    kl = [s.kl for s in scores if s.kl is not None]
+    top1 = [s.top1 for s in scores if s.top1 is not None]
+    return EvaluationRow(
+        method=variant.method,
+        bits=variant.bits,
+        group_size=variant.group_size,
+        bits_per_weight=variant.bits_per_weight,
+        size_bytes=variant.size_bytes,
+        ppl=estimate.value,
+        ppl_stderr=estimate.stderr,
+        kl=sum(kl) / positions if kl else None,
+        top1=sum(top1) / positions if top1 else None,
+        backend=path[0],
+        kernel_path=path[1],
+    )

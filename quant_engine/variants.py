@@ -1,0 +1,133 @@
+"""The models that one evaluation compares: a float model with its linear layers quantized in several ways."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from quant_engine import mlx_lm_adapter as adapter
+from quant_engine.config import QuantConfig
+from quant_engine.errors import RecipeError
+from quant_engine.linear import AffineLinear, DenseLinear, TurboQuantLinear
+from quant_engine.manifest import Manifest
+from quant_engine.policy import decide
+from quant_engine.quantizer import quantize_weight
+
+Method = Literal["float", "affine", "turboquant", "turboquant+qjl"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, the modules that make it this variant, and the size it has as stored.
+
+    bits, group_size: None for full precision. bits_per_weight: of the layers that the recipe quantizes, scales
+    included. size_bytes: of the whole model's tensors.
+    """
+
+    method: Method
+    bits: int | None
+    group_size: int | None
+    bits_per_weight: float
+    size_bytes: int
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+
+    @property
+    def label(self) -> str:
+        """For progress: "affine, 3 bits"."""
+        return self.method if self.bits is None else f"{self.method}, {self.bits} bits"
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """Logits (length, vocabulary) of tokens (length,)."""
+        if self.modules:
+            adapter.replace_modules(self.model, self.modules)
+        logits = cast(Callable[[mx.array], mx.array], self.model)(tokens[None])[0]
+        mx.eval(logits)
+        return logits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to quantize: a method at the bits and groups of a config."""
+
+    method: Method
+    config: QuantConfig
+
+    @property
+    def label(self) -> str:
+        """For progress: "affine, 3 bits"."""
+        return f"{self.method}, {self.config.bits} bits"
+
+
+class FloatModel:
+    """A model in full precision whose linear layers can be replaced; load it with `fuse=False`.
+
+    `size_bytes` is the size of its files' tensors. The layers are those that the policy quantizes. Raises
+    RecipeError where there is none.
+    """
+
+    def __init__(self, model: nn.Module, size_bytes: int, config: QuantConfig) -> None:
+        self._model, self._size_bytes = model, size_bytes
+        layers = adapter.linear_modules(model, (DenseLinear, nn.Linear))
+        self._layers = {path: layer for path, layer in layers.items() if _quantized(path, layer, config)}
+        if not self._layers:
+            raise RecipeError("the policy quantizes no layer of this model, so there is nothing to compare")
+        self._weights = sum(weight_of(layer).size for layer in self._layers.values())
+        self._weight_bytes = sum(weight_of(layer).nbytes for layer in self._layers.values())
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def variant(self) -> Variant:
+        """The model as it came."""
+        bits = 8 * self._weight_bytes / self._weights
+        return Variant("float", None, None, bits, self._size_bytes, self._model, self._layers)
+
+    def quantized(self, recipe: Recipe, report: Callable[[], None]) -> Variant:
+        """The model with its layers quantized; `report` is called after each layer."""
+        modules: dict[str, nn.Module] = {}
+        stored = 0
+        for path, layer in self._layers.items():
+            made = quantize_layer(layer, recipe)
+            modules[path], stored = made, stored + made.weight_nbytes
+            report()
+        config = recipe.config
+        size = self._size_bytes - self._weight_bytes + stored
+        return Variant(
+            recipe.method, config.bits, config.group_size, 8 * stored / self._weights, size, self._model, modules
+        )
+
+
+def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuantLinear:
+    """The layer, its bias kept, with its weight quantized by a recipe."""
+    weight, bias, config = weight_of(layer), bias_of(layer), recipe.config
+    if recipe.method == "affine":
+        return AffineLinear.from_dense(weight, bias, config.bits, config.group_size)
+    config = replace(config, use_qjl=recipe.method == "turboquant+qjl")
+    return TurboQuantLinear.from_quantized(quantize_weight(weight, config), bias)
+
+
+def weight_of(layer: nn.Module) -> mx.array:
+    """The weight (out, in) of a float linear layer, in the precision of its file."""
+    return layer.array if isinstance(layer, DenseLinear) else cast(mx.array, layer["weight"])
+
+
+def bias_of(layer: nn.Module) -> mx.array | None:
+    """The bias (out,) of a linear layer, if it has one."""
+    return cast(mx.array | None, layer.get("bias"))
+
+
+def converted(model: nn.Module, manifest: Manifest, size_bytes: int) -> Variant:
+    """A converted model as it is; load it with `fuse=False`."""
+    layers = adapter.linear_modules(model, (TurboQuantLinear,))
+    stored = sum(layer.weight_nbytes for layer in layers.values() if isinstance(layer, TurboQuantLinear))
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in manifest.modules.values())
+    method: Method = "turboquant+qjl" if manifest.config.use_qjl else "turboquant"
+    recipe = manifest.config
+    return Variant(method, recipe.bits, recipe.group_size, 8 * stored / weights, size_bytes, model, {})
+
+
+def _quantized(path: str, layer: nn.Module, config: QuantConfig) -> bool:
+    return decide(path, weight_of(layer).shape, config).quantize

@@ -1,0 +1,185 @@
+"""Evaluation on real trained models: agreement with transformers, order, sizes, and what is refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant_engine.config import QuantConfig
+from quant_engine.convert import convert
+from quant_engine.errors import InputError, RecipeError
+from quant_engine.evaluate import EvaluationReport, evaluate, float_recipes
+from quant_engine.progress import Progress, silent
+from quant_engine.text import Text, load_text
+
+WINDOWS = {"seq_len": 96, "num_samples": 3}
+
+# transformers 5.23, torch 2.13, float32: windows of 512, the first 4.
+TRANSFORMERS = {"enwiki_dev.txt": 21.781688, "wikitext2_valid.txt": 44.122334}
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return load_text()
+
+
+@pytest.fixture(scope="module")
+def report(demo_model: Path, text: Text) -> EvaluationReport:
+    return evaluate(demo_model, bits=(4, 2), text=text, **WINDOWS)
+
+
+@pytest.fixture(scope="module")
+def converted(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert(demo_model, folder, config=QuantConfig(bits=2))
+    return folder
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_perplexity_agrees_with_transformers(name: str, shared_data: Path, shared_models: Path) -> None:
+    beginning = load_text(shared_data / name).text[:20_000]
+    measured = evaluate(
+        shared_models / "wiki-qwen2-29m", bits=(), text=Text.of(name, beginning), seq_len=512, num_samples=4
+    )
+    assert measured.rows[0].ppl == pytest.approx(TRANSFORMERS[name], rel=1e-3)
+    assert measured.tokens == 4 * 511
+
+
+def test_perplexity_agrees_with_transformers_run_now(demo_model: Path, text: Text, report: EvaluationReport) -> None:
+    torch: Any = pytest.importorskip("torch")
+    transformers: Any = pytest.importorskip("transformers")
+    tokens = transformers.AutoTokenizer.from_pretrained(demo_model).encode(text.text, add_special_tokens=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    windows = torch.tensor(tokens[: 3 * 96]).reshape(3, 96)
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert report.rows[0].ppl == pytest.approx(math.exp(loss.item()), rel=1e-3)
+
+
+def test_rows_are_float_then_each_width_in_the_order_asked(report: EvaluationReport) -> None:
+    assert [(row.method, row.bits) for row in report.rows] == [
+        ("float", None),
+        ("affine", 4), ("turboquant", 4), ("turboquant+qjl", 4),
+        ("affine", 2), ("turboquant", 2), ("turboquant+qjl", 2),
+    ]  # fmt: skip
+
+
+def test_the_float_row_is_the_measure_of_the_others(report: EvaluationReport) -> None:
+    full = report.rows[0]
+    assert (full.kl, full.top1, full.group_size, full.bits_per_weight) == (0.0, 1.0, None, 16.0)
+    assert report.differences[0] is not None and report.differences[0].value == 0.0
+
+
+def test_quantizing_costs_more_at_fewer_bits_and_less_than_affine_does(report: EvaluationReport) -> None:
+    kl = {(row.method, row.bits): row.kl or 0.0 for row in report.rows}
+    assert 0 < kl["turboquant", 4] < kl["turboquant", 2] / 5
+    assert kl["turboquant", 2] < kl["affine", 2]
+    top1 = {(row.method, row.bits): row.top1 or 0.0 for row in report.rows}
+    assert 0.5 < top1["turboquant", 4] < 1
+    assert top1["turboquant", 2] < top1["turboquant", 4]
+
+
+def test_differences_are_of_the_rows_and_pairing_makes_them_sharper(report: EvaluationReport) -> None:
+    for row, paired in zip(report.rows, report.differences, strict=True):
+        assert paired is not None
+        assert paired.value == pytest.approx(row.ppl - report.rows[0].ppl)
+    four_bits, paired = report.rows[2], report.differences[2]
+    assert paired is not None and (paired.stderr or 0) < (four_bits.ppl_stderr or 0) / 3
+
+
+def test_bits_of_a_weight_come_from_bytes(report: EvaluationReport) -> None:
+    bits = {(row.method, row.bits): row.bits_per_weight for row in report.rows}
+    assert (bits["affine", 4], bits["turboquant", 4]) == (4.5, 4.25)
+    assert (bits["affine", 2], bits["turboquant", 2]) == (2.5, 2.25)
+    assert 3.25 < bits["turboquant+qjl", 2] < 3.35
+
+
+def test_every_row_says_what_ran(report: EvaluationReport) -> None:
+    assert all(row.backend in row.kernel_path for row in report.rows)
+    assert "affine" in report.rows[1].kernel_path
+    assert "affine" not in report.rows[2].kernel_path
+
+
+def test_the_report_as_json_has_the_documented_fields(report: EvaluationReport, text: Text) -> None:
+    values = report.to_dict()
+    assert set(values) == {"model", "text", "seq_len", "num_samples", "tokens", "rows"}
+    assert values["text"] == {"name": text.name, "sha256": text.sha256}
+    assert (values["seq_len"], values["num_samples"], values["tokens"]) == (96, 3, 3 * 95)
+    assert list(values["rows"][0]) == [
+        "method", "bits", "group_size", "bits_per_weight", "size_bytes", "ppl", "ppl_stderr", "kl", "top1",
+        "backend", "kernel_path",
+    ]  # fmt: skip
+
+
+def test_a_converted_model_alone_has_nothing_to_be_compared_with(
+    converted: Path, text: Text, report: EvaluationReport
+) -> None:
+    alone = evaluate(converted, text=text, **WINDOWS)
+    (row,) = alone.rows
+    assert (row.method, row.bits, row.kl, row.top1, alone.differences) == ("turboquant", 2, None, None, (None,))
+    assert row.ppl == pytest.approx(report.rows[5].ppl, rel=1e-4)
+    assert row.bits_per_weight == 2.25
+
+
+def test_a_converted_model_is_compared_with_the_model_it_was_made_from(
+    converted: Path, demo_model: Path, text: Text, report: EvaluationReport
+) -> None:
+    compared = evaluate(converted, text=text, reference=demo_model, **WINDOWS)
+    assert [(row.method, row.bits) for row in compared.rows] == [("float", None), ("affine", 2), ("turboquant", 2)]
+    assert compared.rows[2].kl == pytest.approx(report.rows[5].kl, rel=1e-3)
+    assert compared.rows[2].size_bytes == pytest.approx(report.rows[5].size_bytes, rel=0.01)
+
+
+def test_a_converted_model_is_no_reference(converted: Path, text: Text) -> None:
+    with pytest.raises(InputError, match="converted itself"):
+        evaluate(converted, text=text, reference=converted, **WINDOWS)
+
+
+def test_progress_counts_up_to_all(demo_model: Path, text: Text) -> None:
+    seen: list[tuple[int, int, str]] = []
+    evaluate(demo_model, bits=(2,), text=text, seq_len=16, num_samples=2, qjl=False, progress=lambda *s: seen.append(s))
+    counted = [entry for entry in seen if entry[2].startswith(("quantizing", "window"))]
+    assert [done for done, _, _ in counted] == list(range(1, counted[0][1] + 1))
+    assert counted[-1][2] == "window 2 of 2: turboquant, 2 bits"
+
+
+def test_an_exception_from_progress_stops_the_work(demo_model: Path, text: Text) -> None:
+    calls: list[str] = []
+
+    def stop(done: int, total: int, message: str) -> None:
+        calls.append(message)
+        if message.startswith("window"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(demo_model, bits=(), text=text, seq_len=16, num_samples=5, progress=stop)
+    assert sum(message.startswith("window") for message in calls) == 1
+
+
+def refused(ref: Path, text: Text, progress: Progress = silent, **options: Any) -> None:
+    evaluate(ref, text=text, progress=progress, **{"bits": (2,), "num_samples": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"seq_len": 1025}, InputError, "1025 tokens and the model reads at most 1024; choose a shorter"),
+        ({"bits": (5,)}, RecipeError, "bits is 5"),
+        ({"group_size": 48}, RecipeError, "48"),
+        ({"seq_len": 10**7}, InputError, "needs 10000000"),
+    ],
+    ids=["longer than the context", "bits", "groups", "longer than the text"],
+)
+def test_what_cannot_be_measured_is_refused(
+    demo_model: Path, text: Text, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        refused(demo_model, text, **options)
+
+
+def test_one_scale_a_row_has_no_affine_counterpart() -> None:
+    with pytest.raises(RecipeError, match="no group size 0; choose 32, 64 or 128, or turn affine off"):
+        float_recipes((3,), 0, affine=True, qjl=False)
+    assert [r.method for r in float_recipes((3, 3), 0, affine=False, qjl=False)] == ["turboquant"]
