@@ -1,8 +1,8 @@
 """Write README's results from benchmarks/results/quality.json and speed.json, between README's markers.
 
 Both files hold `machine` and `command`. quality.json adds `report`, which is what `tq-mcp evaluate --json`
-prints. speed.json adds `rows` of `model`, `method`, `prompt_tokens_per_s`, `generation_tokens_per_s` and
-`kernel_path`. A file that is absent leaves its table out.
+prints. speed.json adds `rows` of `model`, `method`, `bits`, `prompt_tokens_per_s`, `prompt_times_affine`,
+`generation_tokens_per_s`, `generation_times_affine` and `kernel_path`. A file that is absent leaves its table out.
 """
 
 import argparse
@@ -56,18 +56,19 @@ def quality(result: dict[str, Any]) -> str:
 
 
 def speed(result: dict[str, Any]) -> str:
-    """Tokens a second, as measured side by side in one run."""
+    """Tokens a second and how many times those of mlx-lm's affine model, as measured side by side in one run."""
     rows = [
         [
-            row["model"],
-            METHODS.get(row["method"], row["method"]),
+            f"{row['model']}, {METHODS.get(row['method'], row['method'])}, {row['bits']} bits",
             number(row["prompt_tokens_per_s"], ",.0f"),
+            number(row["prompt_times_affine"], ".1f"),
             number(row["generation_tokens_per_s"], ",.0f"),
+            number(row["generation_times_affine"], ".1f"),
             f"`{row['kernel_path']}`",
         ]
         for row in result["rows"]
     ]
-    header = ["model", "weights", "prompt tokens/s", "generated tokens/s", "path"]
+    header = ["model", "prompt tokens/s", "× affine", "generated tokens/s", "× affine", "path"]
     return f"Speed. {origin(result)}\n\n{table(header, rows)}"
 
 

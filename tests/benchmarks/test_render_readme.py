@@ -49,11 +49,12 @@ def test_text_around_the_markers_stays_and_rendering_again_changes_nothing(resul
 
 
 def test_speeds_are_written_when_they_were_measured(results: Path) -> None:
-    rows = [{"model": "tiny", "method": "affine", "prompt_tokens_per_s": 1234.5,
-             "generation_tokens_per_s": 67.8, "kernel_path": "cpu:matvec"}]  # fmt: skip
+    rows = [{"model": "tiny", "method": "turboquant", "bits": 3, "kernel_path": "cpu:matvec",
+             "prompt_tokens_per_s": 1234.5, "prompt_times_affine": 25.25,
+             "generation_tokens_per_s": 67.8, "generation_times_affine": 3.0}]  # fmt: skip
     speed = {"machine": "a laptop", "command": "c", "rows": rows}
     (results / "speed.json").write_text(json.dumps(speed))
-    assert "| tiny | MLX affine | 1,234 | 68 | `cpu:matvec` |" in render(README, results)
+    assert "| tiny, **TurboQuant**, 3 bits | 1,234 | 25.2 | 68 | 3.0 | `cpu:matvec` |" in render(README, results)
 
 
 def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
