@@ -1,0 +1,81 @@
+"""Small made checkpoints, written by MLX's own safetensors writer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+          "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as transformers writes them."""
+    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    outputs = dict(zip(LINEAR, (width, keys, keys, width, inner, inner, width), strict=True))
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for path, out in outputs.items():
+            found[f"{layer}.{path}.weight"] = (out, inner if path == "mlp.down_proj" else width)
+            if config["model_type"] == "qwen2" and path in LINEAR[:3]:
+                found[f"{layer}.{path}.bias"] = (out,)
+        found[f"{layer}.input_layernorm.weight"] = found[f"{layer}.post_attention_layernorm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (vocabulary, width)
+    return found
+
+
+def random_weights(config: dict[str, Any], dtype: mx.Dtype = mx.bfloat16) -> dict[str, mx.array]:
+    """Gaussian weights of standard deviation 0.05, the same each time."""
+    mx.random.seed(11)
+    return {name: (mx.random.normal(shape) * 0.05).astype(dtype) for name, shape in shapes(config).items()}
+
+
+def write_model(
+    folder: Path,
+    *,
+    weights: Callable[[dict[str, mx.array]], dict[str, mx.array]] = lambda made: made,
+    dtype: mx.Dtype = mx.bfloat16,
+    shards: int = 1,
+    **settings: Any,
+) -> Path:
+    """A model folder with CONFIG and `settings`; `weights` may change its tensors before they are written."""
+    config = CONFIG | settings
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n\n# Made\n")
+    tensors = weights(random_weights(config, dtype))
+    if shards == 1:
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+        return folder
+    names = list(tensors)
+    where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        mx.save_safetensors(str(folder / file), {name: tensors[name] for name in names if where[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder

@@ -1,0 +1,194 @@
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
+from quant_engine.safetensors_file import (
+    SafetensorsWriter,
+    TensorSpec,
+    assign_shards,
+    decode,
+    file_bytes,
+    index_json,
+    read_header,
+)
+
+F32_2 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def _file(path: Path, header: Any, data: bytes = b"\0" * 8, length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_tensors_of_mlx_files_are_read_as_mlx_reads_them(tmp_path: Path, dtype: mx.Dtype) -> None:
+    tensors = {"a": mx.random.normal((5, 6)).astype(dtype), "b": mx.random.normal((3,)).astype(dtype)}
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), tensors)
+    found = read_header(tmp_path / "x.safetensors")
+    assert {name: info.shape for name, info in found.items()} == {"a": (5, 6), "b": (3,)}
+    assert mx.array_equal(found["a"].rows(0, 5), tensors["a"])
+    assert mx.array_equal(found["a"].rows(2, 4), tensors["a"][2:4])
+    assert found["a"].rows(2, 4).dtype == dtype
+    whole = np.concatenate(list(found["b"].chunks()))
+    assert mx.array_equal(decode(whole, found["b"].dtype), tensors["b"])
+
+
+def test_a_tensor_is_handed_out_in_pieces_of_bounded_size(tmp_path: Path) -> None:
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": mx.zeros((3000, 2048))})
+    sizes = [piece.nbytes for piece in read_header(tmp_path / "x.safetensors")["a"].chunks()]
+    assert sum(sizes) == 3000 * 2048 * 4
+    assert max(sizes) == 2**24
+
+
+def test_empty_tensors_and_metadata_are_accepted(tmp_path: Path) -> None:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "none": {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]},
+        "a": F32_2,
+    }
+    found = read_header(_file(tmp_path / "x.safetensors", header))
+    assert set(found) == {"none", "a"}
+    assert found["none"].rows(0, 0).shape == (0, 4)
+    assert list(found["none"].chunks()) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{nonsense", "its header is not JSON"),
+        (b"[" * 100_000, "its header is not JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"a": {}, "a": {}}', "names 'a' twice"),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "tensor a lacks a dtype"),
+        ({"a": 5}, "tensor a lacks a dtype"),
+        ({"a": F32_2 | {"data_offsets": [0, 4, 8]}}, "tensor a lacks"),
+        ({"a": F32_2 | {"dtype": "F99"}}, "unknown dtype 'F99'"),
+        ({"a": F32_2 | {"shape": [-2]}}, r"shape \[-2\]"),
+        ({"a": F32_2 | {"shape": [2.0]}}, r"shape \[2.0\]"),
+        ({"a": F32_2 | {"shape": [3]}}, r"F32 \[3\] takes 12 bytes, and its offsets span 8"),
+        ({"a": F32_2 | {"shape": [2**62, 4]}}, "offsets span 8"),
+        ({"a": F32_2 | {"data_offsets": [8, 16]}}, "it is truncated"),
+        ({"a": F32_2, "b": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, "overlaps the one before it"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [6, 8]}}, "leaves a gap"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, "6 bytes follow its last tensor"),
+        ({}, "8 bytes follow"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, message: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match=f"^bad.safetensors is damaged: .*{message}.*download it again"):
+        read_header(_file(tmp_path / "bad.safetensors", header))
+
+
+@pytest.mark.parametrize("length", [10**6, 2**63, 200_000_000])
+def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CorruptCheckpointError, match=f"cannot hold a header of {length}"):
+        read_header(_file(tmp_path / "x.safetensors", {"a": F32_2}, length=length))
+
+
+@pytest.mark.parametrize("size", [0, 3, 7, 8, 30, -1])
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "x.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((4, 4))})
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CorruptCheckpointError, match=r"x\.safetensors is damaged"):
+        read_header(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((4, 4))})
+    info = read_header(path)["a"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptCheckpointError, match="ends within tensor a"):
+        info.rows(0, 4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_with_the_tensors_name(
+    tmp_path: Path, dtype: mx.Dtype, value: float
+) -> None:
+    mx.save_safetensors(
+        str(tmp_path / "x.safetensors"), {"bad.weight": mx.array([[1.0, 2.0], [value, 3.0]]).astype(dtype)}
+    )
+    info = read_header(tmp_path / "x.safetensors")["bad.weight"]
+    assert info.rows(0, 1).shape == (1, 2)
+    with pytest.raises(CorruptCheckpointError, match=r"tensor bad\.weight of x\.safetensors has 1 NaN or infinite"):
+        info.rows(0, 2)
+
+
+def test_dtypes_that_are_not_weights_are_refused_by_name(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}
+    info = read_header(_file(tmp_path / "x.safetensors", header))["a"]
+    with pytest.raises(UnsupportedModelError, match=r"tensor a .* is F8_E4M3; weights must be F32, F16, BF16"):
+        info.rows(0, 8)
+
+
+SPECS = [TensorSpec("codes", "U32", (4, 3)), TensorSpec("norm", "BF16", (5,)), TensorSpec("scales", "F16", (4, 1))]
+
+
+def _write(path: Path) -> None:
+    with SafetensorsWriter(path, SPECS) as writer:
+        writer.write("norm", mx.arange(5).astype(mx.bfloat16).view(mx.uint16))
+        writer.write("codes", mx.arange(6, dtype=mx.uint32))
+        writer.write("codes", np.arange(6, 12, dtype=np.uint32).reshape(2, 3))
+        writer.write("scales", mx.ones((4, 1), dtype=mx.float16))
+
+
+def test_a_written_file_is_what_mlx_reads_and_as_large_as_foretold(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    _write(path)
+    assert path.stat().st_size == file_bytes(SPECS)
+    read = mx.load(str(path))
+    assert isinstance(read, dict)
+    assert mx.array_equal(read["codes"], mx.arange(12, dtype=mx.uint32).reshape(4, 3))
+    assert mx.array_equal(read["norm"], mx.arange(5).astype(mx.bfloat16))
+    assert read["scales"].dtype == mx.float16
+    assert set(read_header(path)) == {"codes", "norm", "scales"}
+
+
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
+    _write(tmp_path / "x.safetensors")
+    found = read_header(tmp_path / "x.safetensors")
+    assert found["codes"].start % 8 == 0
+    assert all(info.start % 2 == 0 for info in found.values())
+
+
+def test_the_writer_refuses_what_was_not_announced_or_not_finished(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="8 bytes for tensor other of a, which has room for 0"),
+        SafetensorsWriter(tmp_path / "a", SPECS) as writer,
+    ):
+        writer.write("other", np.zeros(2, np.float32))
+    with (
+        pytest.raises(ValueError, match="12 bytes for tensor norm"),
+        SafetensorsWriter(tmp_path / "b", SPECS) as writer,
+    ):
+        writer.write("norm", np.zeros(6, np.uint16))
+    with (
+        pytest.raises(ValueError, match="tensors codes, norm, scales of c were not written whole"),
+        SafetensorsWriter(tmp_path / "c", SPECS),
+    ):
+        pass
+
+
+def test_shards_fill_up_to_the_limit_and_keep_groups_together() -> None:
+    groups = [[TensorSpec(f"{i}.a", "U8", (60,)), TensorSpec(f"{i}.b", "U8", (20,))] for i in range(3)]
+    shards = assign_shards(groups, 170)
+    assert {name: [s.name for s in shard] for name, shard in shards.items()} == {
+        "model-00001-of-00002.safetensors": ["0.a", "0.b", "1.a", "1.b"],
+        "model-00002-of-00002.safetensors": ["2.a", "2.b"],
+    }
+    assert json.loads(index_json(shards)) == {
+        "metadata": {"total_size": 240},
+        "weight_map": {s.name: name for name, shard in shards.items() for s in shard},
+    }
+    assert list(assign_shards(groups, 1000)) == ["model.safetensors"]
+    assert [len(shard) for shard in assign_shards(groups, 10).values()] == [2, 2, 2]
