@@ -1,0 +1,144 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from quant_engine import output_folder
+from quant_engine.errors import OutputError
+from quant_engine.output_folder import atomic_folder
+
+
+def _make(output: Path, text: str = "new", *, overwrite: bool = False, size_bytes: int = 10) -> None:
+    with atomic_folder(output, size_bytes=size_bytes, overwrite=overwrite) as folder:
+        (folder / "config.json").write_text(text)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text(text)
+
+
+def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "new" / "model", size_bytes=10) as folder:
+        (folder / "config.json").write_text("x")
+        assert not (tmp_path / "new" / "model").exists()
+    assert (tmp_path / "new" / "model" / "config.json").read_text() == "x"
+    assert os.listdir(tmp_path / "new") == ["model"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_nothing_behind(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), atomic_folder(tmp_path / "model", size_bytes=10) as folder:
+        (folder / "half").write_text("x")
+        raise failure
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_exists_is_kept_unless_asked(tmp_path: Path) -> None:
+    _make(tmp_path / "model", "old")
+    with pytest.raises(
+        OutputError, match=r"model exists already; choose another output, or ask for it to be overwritten"
+    ):
+        _make(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+    _make(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "config.json").read_text() == "new"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    _make(tmp_path / "model", "old")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model", size_bytes=10, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    _make(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").exists()
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_only_models_are_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    with pytest.raises(
+        OutputError, match=r"photos is not a model \(it has no config\.json\), so it is not overwritten"
+    ):
+        _make(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_a_file_or_a_link_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="is not a folder"):
+            _make(tmp_path / name, overwrite=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"would take 1,000,000,000,000 MB and .* are free there; free some space"):
+        _make(tmp_path / "model", size_bytes=10**18)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")]
+)
+def test_a_disk_that_fails_while_writing_leaves_nothing(tmp_path: Path, code: int, words: str) -> None:
+    with (
+        pytest.raises(OutputError, match=f"cannot write .*model: .*{words}.*; nothing was left there"),
+        atomic_folder(tmp_path / "model", size_bytes=10) as folder,
+    ):
+        (folder / "half").write_text("x")
+        raise OSError(code, os.strerror(code))
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model", size_bytes=10) as folder:
+        (folder / "absent").read_text()
+
+
+def test_what_a_killed_process_left_is_removed_the_next_time(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial-dead").mkdir()
+    (tmp_path / ".other.partial-dead").mkdir()
+    _make(tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == [".other.partial-dead", "model"]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model", size_bytes=10) as first:
+        (first / "config.json").write_text("first")
+        with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model", size_bytes=10):
+            raise ZeroDivisionError
+        assert first.exists()
+    assert (tmp_path / "model" / "config.json").read_text() == "first"
+
+
+def test_of_two_processes_the_second_to_finish_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "model", size_bytes=10) as slow:
+        (slow / "config.json").write_text("slow")
+        _make(tmp_path / "model", "fast")
+    assert (tmp_path / "model" / "config.json").read_text() == "fast"
+
+
+def test_a_process_killed_while_replacing_loses_nothing(tmp_path: Path) -> None:
+    _make(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / ".model.replaced-dead")
+    with pytest.raises(OutputError, match="exists already"):
+        _make(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+    _make(tmp_path / "model", overwrite=True)
+    (tmp_path / ".model.replaced-dead").mkdir()
+    _make(tmp_path / "model", "newer", overwrite=True)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_everything_is_flushed_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(output_folder.os, "fsync", lambda descriptor: order.append("sync"))
+    monkeypatch.setattr(Path, "rename", lambda self, target: order.append("rename"))
+    _make(tmp_path / "model")
+    assert order == ["sync"] * 4 + ["rename", "sync"]
