@@ -85,7 +85,7 @@ def convert(
     config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
     weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
-    stays within a few pieces of 2^22 weights, whatever the model's size.
+    stays within a few pieces of 2^20 weights, whatever the model's size.
 
     The folder appears when it is whole; an exception, from `progress` too, or a killed process leaves none.
     Raises a TurboQuantError that says what is wrong with source, recipe or output.
@@ -129,9 +129,15 @@ def convert(
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held, resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory that this process has held, resident.
+
+    Linux hands `ru_maxrss` on to child processes, so there the figure is read from the kernel's own table.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Meter:

@@ -31,9 +31,9 @@ USABLE = 0.9
 class PlanRow:
     """One recipe.
 
-    size_bytes: of the safetensors files, exact. compression: how many times smaller than the source. memory_bytes:
-    to run it, weights, a float16 cache of the plan's context and RUNTIME_BYTES. fits: whether that is at most 90 %
-    of the memory available now.
+    size_bytes: of the safetensors files, exact. compression: how many times smaller than the source.
+    memory_bytes: to run it, weights, a float16 cache of the plan's context and RUNTIME_BYTES. fits: whether
+    that is at most 90 % of the memory available now.
     """
 
     bits: int

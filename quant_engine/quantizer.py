@@ -12,7 +12,7 @@ from quant_engine.config import GROUP_SIZES, QuantConfig
 from quant_engine.errors import RecipeError
 from quant_engine.residual import Residual, project
 
-CHUNK_VALUES = 2**22
+CHUNK_VALUES = 2**20
 """Weights quantized at a time, which bounds the memory that takes."""
 
 

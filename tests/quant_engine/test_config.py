@@ -5,9 +5,7 @@ from quant_engine.errors import RecipeError
 
 
 def test_the_default_recipe_is_three_bits_in_groups_of_64() -> None:
-    assert QuantConfig() == QuantConfig(
-        bits=3, group_size=64, rotation="auto", scale="search", use_qjl=False, seed=0
-    )
+    assert QuantConfig() == QuantConfig(bits=3, group_size=64, rotation="auto", scale="search", use_qjl=False, seed=0)
 
 
 def test_the_default_cache_keeps_more_bits_for_keys_than_for_values() -> None:
@@ -46,9 +44,7 @@ def test_a_cache_setting_out_of_range_is_refused(name: str, value: object) -> No
 
 
 def test_unknown_settings_are_refused_with_the_known_ones_listed() -> None:
-    with pytest.raises(
-        RecipeError, match=r"unknown setting group, widths; the settings are bits, group_size"
-    ):
+    with pytest.raises(RecipeError, match=r"unknown setting group, widths; the settings are bits, group_size"):
         QuantConfig.from_dict({"bits": 3, "widths": 2, "group": 1})
 
 

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from quant_engine.blueprint import draw
+from quant_engine.config import QuantConfig
+from quant_engine.model_card import licence, model_card
+from quant_engine.source import resolve
+from tests.quant_engine.checkpoints import write_model
+
+
+def _card(folder: Path, recipe: QuantConfig, revision: str | None = None, terms: dict[str, str] | None = None) -> str:
+    source = resolve(write_model(folder))
+    drawn = draw(source.config, source.tensors, recipe)
+    origin = source.origin() | {"name": "owner/name", "revision": revision}
+    return model_card("small-3bit", origin, recipe, drawn, terms or {})
+
+
+def test_a_card_says_what_it_was_made_from_how_and_how_to_use_it(tmp_path: Path) -> None:
+    text = _card(tmp_path, QuantConfig(seed=4), "abc123", {"license": "mit"})
+    assert text.startswith("---\nlicense: mit\nbase_model: owner/name\nlibrary_name: mlx\n")
+    for part in ("# small-3bit", "| commit | abc123 |", "Lloyd-Max, 3 bits", "seed 4", "| 3.250 |",
+                 "mit, that of owner/name", "tq-mcp generate --model PATH/small-3bit",
+                 "norm (5)", "embeddings (1)"):  # fmt: skip
+        assert part in text
+
+
+def test_a_card_names_qjl_and_scales_a_row(tmp_path: Path) -> None:
+    text = _card(tmp_path, QuantConfig(use_qjl=True, group_size=0, scale="rms"))
+    assert "and one bit of QJL residual" in text
+    assert "one a row, the root mean square" in text
+    assert "states none in its card" in text
+    assert "base_model" not in text and "commit" not in text
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags:\n- license: no\n---\n# x\n", {"license": "apache-2.0"}),
+        ("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n",
+         {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}),
+        ("# no front matter\nlicense: mit\n", {}),
+        ("---\nlicense:\n---\n", {}),
+        ("", {}),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_the_sources_front_matter(tmp_path: Path, card: str, expected: dict[str, str]) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert licence(tmp_path / "README.md") == expected
+
+
+def test_a_source_without_card_states_no_licence(tmp_path: Path) -> None:
+    assert licence(tmp_path / "README.md") == {}
