@@ -27,6 +27,7 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
+from quant_engine.manifest import Manifest
 from quant_engine.progress import Progress, silent
 from quant_engine.safetensors_file import TensorInfo, read_header
 
@@ -66,6 +67,13 @@ class Source:
     def size_bytes(self) -> int:
         """Bytes of the safetensors files."""
         return sum(shard.stat().st_size for shard in self.shards)
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """The tokens that end a text: generation_config.json's where it names any, otherwise config.json's."""
+        settings = self.path / "generation_config.json"
+        stated = read_json(settings).get("eos_token_id") if settings.is_file() else None
+        return self.config.get("eos_token_id") if stated is None else stated
 
     @cached_property
     def content_sha256(self) -> str | None:
@@ -118,8 +126,11 @@ def open_folder(folder: Path, *, repo: str | None = None, revision: str | None =
     check_no_code(config, "config.json")
     if (folder / "tokenizer_config.json").exists():
         check_no_code(read_json(folder / "tokenizer_config.json"), "tokenizer_config.json")
-    name = repo or folder.resolve().name
-    return Source(folder, name, repo, revision, config, _tensors(folder))
+    tensors = _tensors(folder)
+    manifest = Manifest.from_config(config)
+    if manifest is not None:
+        manifest.check_tensors({name: (info.dtype, info.shape) for name, info in tensors.items()})
+    return Source(folder, repo or folder.resolve().name, repo, revision, config, tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -71,7 +71,6 @@ def test_widths_that_do_not_fit_are_refused_or_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": {"quant_method": "turboquant"}}, "converted by TurboQuant already"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantized already \(affine\)"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, r"quantized already \(mxfp4\)"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from quant_engine.convert import convert
 from quant_engine.errors import (
     CorruptCheckpointError,
     SourceError,
@@ -162,6 +163,28 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors is damaged.*truncated"):
         resolve(tmp_path)
+
+
+def test_a_converted_model_whose_tensors_are_not_those_it_states_is_refused(tmp_path: Path) -> None:
+    convert(write_model(tmp_path / "in"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization"]["modules"]["model.layers.0.mlp.up_proj"]["group_size"] = 32
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CorruptCheckpointError, match=r"up_proj\.scales is F16 \[256, 2\]; config\.json says F16 \[256, 4\]"
+    ):
+        resolve(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("stated", "expected"), [('{"eos_token_id": [0, 7]}', [0, 7]), ("{}", 3), (None, 3)])
+def test_generation_settings_name_the_end_of_text_before_the_config_does(
+    tmp_path: Path, stated: str | None, expected: Any
+) -> None:
+    write_model(tmp_path, eos_token_id=3)
+    (tmp_path / "generation_config.json").unlink()
+    if stated:
+        (tmp_path / "generation_config.json").write_text(stated)
+    assert resolve(tmp_path).eos_token_id == expected
 
 
 class Hub:
