@@ -46,7 +46,7 @@ class Layout:
 
     def final(self, name: str, chosen: Path | None = None) -> Path:
         """The folder of a model: the user's choice outside the models root, else MODELS/NAME."""
-        check_name(name, "model name")
+        check_name(name, "a model name")
         place = self.models / name if chosen is None else absolute(chosen)
         if place == self.models / name:
             return place
@@ -76,6 +76,6 @@ def absolute(path: Path) -> Path:
 def check_name(name: str, what: str) -> None:
     if not NAME.fullmatch(name):
         raise RegistryError(
-            f"{name!r} is not a {what}. Use 1 to 96 letters, digits, '.', '_' and '-', "
+            f"{name!r} is not {what}. Use 1 to 96 letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit."
         )

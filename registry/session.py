@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -60,6 +60,7 @@ class Database:
             with self._engine.connect().execution_options(registry_mode=mode) as connection:
                 if mode == "migrate":
                     connection.detach()
+                connection.begin()
                 yield connection
                 if mode != "read":
                     connection.commit()
@@ -75,7 +76,7 @@ class Database:
     def writing(self, *, durable: bool = False) -> Generator[Session, None, None]:
         with self.connection("durable" if durable else "write") as connection, Session(connection) as session:
             yield session
-            session.commit()
+            session.flush()
 
     def check_integrity(self, connection: Connection) -> None:
         """After a migration ran without foreign keys: every reference still finds its row."""
@@ -96,7 +97,8 @@ class Database:
         except (OSError, sqlite3.Error) as error:
             raise RegistryError(f"The backup to {target} failed: {error}.") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     def close(self) -> None:
         self._engine.dispose()

@@ -6,7 +6,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry.layout import Layout
@@ -53,13 +53,19 @@ def sweep(layout: Layout, in_use: Iterable[Path]) -> None:
     caller holds the registry's lock, so no slot is just being made."""
     kept = tuple(in_use)
     for home in layout.staging.iterdir():
-        workshop = _workshop(home)
-        if not OURS.fullmatch(home.name) or any(path.is_relative_to(workshop) for path in kept):
-            continue
-        if (held := try_lock(home / LOCK)) is not None:
-            discard(workshop)
-            discard(home)
-            os.close(held)
+        if OURS.fullmatch(home.name):
+            with suppress(OSError):  # its owner may be deleting it at this moment
+                _sweep_one(home, kept)
+
+
+def _sweep_one(home: Path, kept: tuple[Path, ...]) -> None:
+    workshop = _workshop(home)
+    if any(path.is_relative_to(workshop) for path in kept):
+        return
+    if (held := try_lock(home / LOCK)) is not None:
+        discard(workshop)
+        discard(home)
+        os.close(held)
 
 
 def discard(folder: Path) -> None:

@@ -127,7 +127,7 @@ class Registry:
         believed."""
         place, source = self._layout.final(record.name, final), absolute(staging)
         for tag in record.tags:
-            check_name(tag, "tag")
+            check_name(tag, "a tag")
         if not source.is_dir() or source.is_symlink():
             raise RegistryError(f"{staging} is not a folder: the model's finished files should be there.")
         checked = describe(source, progress or silent) if files is None else _checked_files(source, files)
@@ -207,7 +207,7 @@ class Registry:
 
     def set_alias(self, alias: str, name: str) -> None:
         """Give a model another name; an alias that another model had moves over."""
-        check_name(alias, "alias")
+        check_name(alias, "an alias")
         with self._database.writing() as session:
             model = require_model(session, name)
             key = alias.casefold()
@@ -225,7 +225,7 @@ class Registry:
 
     def add_tags(self, name: str, *tags: str) -> None:
         for tag in tags:
-            check_name(tag, "tag")
+            check_name(tag, "a tag")
         with self._database.writing() as session:
             model = require_model(session, name)
             present = {row.tag for row in model.tags}

@@ -1,0 +1,36 @@
+"""Slots: made for one model, and never mistaken for something of the user's."""
+
+from pathlib import Path
+
+from registry import Registry, open_registry
+
+
+def test_a_slot_is_on_the_disk_of_its_model_and_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
+    final = tmp_path / "new" / "place"
+    with registry.staging("tiny", final) as staging:
+        assert staging.name == "place"
+        assert staging.parent.parent == final.parent
+        assert not staging.exists()
+        staging.mkdir()
+        (staging / "half").write_text("")
+    assert list(final.parent.iterdir()) == []
+    assert list((registry.models_root / ".staging").iterdir()) == []
+
+
+def test_only_slots_are_swept(registry: Registry) -> None:
+    staging = registry.models_root / ".staging"
+    (staging / "mine").mkdir()
+    (staging / ("0" * 32)).mkdir()
+    open_registry(registry.home).close()
+    assert [path.name for path in staging.iterdir()] == ["mine"]
+
+
+def test_a_slot_never_points_at_another_folder(registry: Registry, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    slot = registry.models_root / ".staging" / ("0" * 32)
+    slot.mkdir()
+    (slot / ".elsewhere").write_text(str(precious))
+    open_registry(registry.home).close()
+    assert precious.exists()
+    assert not slot.exists()
