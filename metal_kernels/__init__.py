@@ -1,6 +1,7 @@
 """Kernels of every backend (Metal, CUDA, CPU), behind operations that take and return MLX arrays."""
 
 from metal_kernels.activation import swiglu
+from metal_kernels.attention import CacheCode, Mask, attention, pack_cache, packed_attention, unpack_cache
 from metal_kernels.cpu.compilation import announce_compilation
 from metal_kernels.dispatch import (
     BACKENDS,
@@ -22,12 +23,15 @@ __all__ = [
     "HADAMARD_FACTORS",
     "Backend",
     "KernelError",
+    "Mask",
     "PackedWeight",
     "ShapeError",
     "active_backend",
     "announce_compilation",
+    "attention",
     "AffineWeight",
     "bits_of",
+    "CacheCode",
     "DenseWeight",
     "Weight",
     "dequantize",
@@ -37,11 +41,14 @@ __all__ = [
     "kernel_path",
     "matmul",
     "pack",
+    "pack_cache",
+    "packed_attention",
     "quantize",
     "reset_paths",
     "rotate",
     "swiglu",
     "unpack",
+    "unpack_cache",
     "unrotate",
     "use_backend",
     "words",

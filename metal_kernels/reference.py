@@ -108,3 +108,60 @@ def matmul(
 ) -> mx.array:
     """x (..., width), already rotated, times the transposed packed matrix (out, width): (..., out)."""
     return x @ dequantize(packed, scales, codebook, x.dtype).T
+
+
+def cache_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
+    """Scales (..., 1) of groups x (..., group): the absolute maximum for 256 values, otherwise the root mean square
+    refitted twice by least squares to the codes it assigns."""
+    if len(codebook) == 256:
+        return mx.abs(x).max(-1, keepdims=True)
+    scale = mx.sqrt(mx.square(x).mean(-1, keepdims=True))
+    for _ in range(2):
+        scale = _fit(x, scale, codebook)[0]
+    return scale
+
+
+def pack_cache(x: mx.array, codebook: tuple[float, ...], group_size: int) -> tuple[mx.array, mx.array]:
+    """Codes uint32 (..., size * bits / 32) and scales float16 (..., size / group_size) of rotated x (..., size)."""
+    grouped = x.astype(mx.float32).reshape(*x.shape[:-1], -1, group_size)
+    scales = mx.minimum(cache_scales(grouped, codebook), 65504.0).astype(mx.float16)
+    divisor = scales.astype(mx.float32)
+    scaled = grouped / mx.where(divisor > 0, divisor, 1.0)
+    if len(codebook) == 256:
+        codes = mx.round((mx.clip(scaled, -1.0, 1.0) + 1.0) * 127.5).astype(mx.uint32)
+    else:
+        codes = nearest(scaled, codebook)
+    return pack(codes.reshape(x.shape), bits_of(codebook)), scales.squeeze(-1)
+
+
+def packed_attention(
+    queries: mx.array, keys: tuple[mx.array, mx.array], values: tuple[mx.array, mx.array],
+    codebooks: tuple[tuple[float, ...], tuple[float, ...]], scale: float, bias: mx.array | None, sinks: mx.array | None,
+    tile: int = 512,
+) -> mx.array:
+    """Attention of rotated queries (B, H, L, D) over packed tokens, tile by tile under a running maximum.
+
+    keys and values are (codes, scales); bias is additive, (B, H, L, T) or what broadcasts to it. The result is still
+    in the values' rotated domain, float32.
+    """
+    batch, heads, rows, size = queries.shape
+    kv_heads, length = keys[0].shape[1], keys[0].shape[2]
+    q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, size) * scale
+    top = mx.full((*q.shape[:3], 1), -mx.inf) if sinks is None else mx.broadcast_to(
+        mx.repeat(sinks.astype(mx.float32), rows).reshape(1, kv_heads, -1, 1), (*q.shape[:3], 1))
+    total = mx.isfinite(top).astype(mx.float32)
+    result = mx.zeros((1,))
+    for first in range(0, length, tile):
+        part = slice(first, min(length, first + tile))
+        k = dequantize(keys[0][:, :, part], keys[1][:, :, part], codebooks[0])
+        v = dequantize(values[0][:, :, part], values[1][:, :, part], codebooks[1])
+        scores = q @ k.swapaxes(-1, -2)
+        if bias is not None:
+            whole = mx.broadcast_to(bias, (batch, heads, rows, length))[..., part]
+            scores = scores + whole.reshape(*scores.shape)
+        highest = mx.maximum(top, scores.max(-1, keepdims=True))
+        shift = mx.where(mx.isfinite(highest), highest, 0.0)
+        weights, kept = mx.exp(scores - shift), mx.exp(top - shift)
+        total = total * kept + weights.sum(-1, keepdims=True)
+        result, top = result * kept + weights @ v, highest
+    return (result / mx.where(total > 0, total, 1.0)).reshape(batch, heads, rows, -1)

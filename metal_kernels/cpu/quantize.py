@@ -63,7 +63,7 @@ def _scale(magnitudes: Any, factors: Any, table: Any, values: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _half(value: Any) -> Any:
+def half(value: Any) -> Any:
     """value, not negative, rounded to the nearest float16 (ties to even) and back; at most 65504."""
     if value >= np.float32(65504.0):
         return np.float32(65504.0)
@@ -91,7 +91,7 @@ def _quantize(x: Any, table: Any, factors: Any, packed: Any, scales: Any, group:
             first = g * group
             for i in range(group):
                 values[i] = abs(x[row, first + i])
-            scale = _half(_scale(values, factors, table, scratch))
+            scale = half(_scale(values, factors, table, scratch))
             scales[row, g] = scale
             inverse = np.float32(1.0) / scale if scale > 0 else np.float32(1.0)
             for i in range(group):

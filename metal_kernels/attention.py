@@ -1,0 +1,135 @@
+"""Attention over float or packed keys and values, and the packing of new ones."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels import reference
+from metal_kernels.cpu.arrays import rows_float32, view
+from metal_kernels.cpu.attention import PackedTokens, Visibility, attend
+from metal_kernels.cpu.hadamard import rotate_rows
+from metal_kernels.cpu.pack_cache import pack_rows
+from metal_kernels.dispatch import has_kernel
+from metal_kernels.errors import ShapeError
+from metal_kernels.hadamard import check_rotation, rotate, unrotate
+from metal_kernels.layout import bits_of, groups, words
+
+Mask = mx.array | str | None
+"""None (all is seen), "causal", or an array that broadcasts to (batch, heads, queries, tokens): bool or additive."""
+
+
+@dataclass(frozen=True, eq=False)
+class CacheCode:
+    """How the heads of keys, or of values, are coded.
+
+    codebook of 4, 8, 16 or 256 ascending values (256: with absolute-maximum scales), group_size values to a scale,
+    signs (size,) of +-1 or None and the Hadamard block of the rotation. Raises ShapeError where `size`, the values of
+    one head, does not fit.
+    """
+
+    codebook: tuple[float, ...]
+    group_size: int
+    signs: mx.array | None
+    block: int
+    size: int
+
+    def __post_init__(self) -> None:
+        words(self.size, bits_of(self.codebook))
+        groups(self.size, self.group_size)
+        check_rotation(self.size, self.signs, self.block)
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale * queries keys^T + mask) values for float arrays: (B, H, L, value size) in queries' dtype.
+
+    queries (B, H, L, D), keys (B, KV heads, T, D), values (B, KV heads, T, Dv), KV heads dividing H; sinks (H,) are
+    logits that only add to each row's denominator. Raises ShapeError where shapes do not fit.
+    """
+    _check_heads(queries, keys.shape[1], keys.shape[3])
+    if has_kernel("attention"):
+        mx.eval(queries, keys, values)
+        seen = _visibility(mask, sinks, keys.shape[2])
+        k, v = view(keys.astype(mx.float32)), view(values.astype(mx.float32))
+        out = attend(view(queries.astype(mx.float32)), k, v, keys.shape[2], scale, seen)
+        return mx.array(out).astype(queries.dtype)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def pack_cache(x: mx.array, code: CacheCode) -> tuple[mx.array, mx.array]:
+    """Rotate and quantize keys or values x (B, KV heads, L, size) of new tokens.
+
+    Returns codes uint32 (B, KV heads, L, size * bits / 32), in the canonical layout, and scales float16
+    (B, KV heads, L, size / group_size).
+    """
+    if x.shape[-1] != code.size:
+        raise ShapeError(f"heads of {x.shape[-1]} values for a code of {code.size}")
+    if has_kernel("pack_cache"):
+        signs = None if code.signs is None else view(code.signs)
+        packed, scales = pack_rows(rotate_rows(rows_float32(x), signs, code.block), code.codebook, _group(code))
+        return mx.array(packed).reshape(*x.shape[:-1], -1), mx.array(scales).reshape(*x.shape[:-1], -1)
+    return reference.pack_cache(rotate(x.astype(mx.float32), code.signs, code.block), code.codebook, _group(code))
+
+
+def unpack_cache(packed: mx.array, scales: mx.array, code: CacheCode, dtype: mx.Dtype) -> mx.array:
+    """The keys or values (..., size) that codes and scales stand for, in the original domain; plain lazy MLX."""
+    rotated = reference.dequantize(packed, scales, code.codebook)
+    return reference.unrotate(rotated, code.signs, code.block).astype(dtype)
+
+
+def packed_attention(
+    queries: mx.array, keys: tuple[mx.array, mx.array], values: tuple[mx.array, mx.array], key_code: CacheCode,
+    value_code: CacheCode, *, length: int, scale: float, mask: Mask = None, sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention over the first `length` packed tokens: (B, H, L, value size) in queries' dtype.
+
+    keys and values are (codes, scales) as `pack_cache` makes them, perhaps with room for more tokens. The queries are
+    rotated once with the keys' signs, the result is unrotated once; the cache is never expanded to float.
+    """
+    _check_heads(queries, keys[0].shape[1], key_code.size)
+    if has_kernel("packed_attention"):
+        q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
+        sides = [PackedTokens(view(codes), view(scales), np.array(code.codebook, np.float32), code.size)
+                 for (codes, scales), code in ((keys, key_code), (values, value_code))]
+        out = mx.array(attend(q.reshape(queries.shape), *sides, length, scale, _visibility(mask, sinks, length)))
+    else:
+        q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
+        held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
+        bias = _bias(_causal(queries.shape[2], length) if isinstance(mask, str) else mask)
+        out = reference.packed_attention(q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks)
+    return unrotate(out, value_code.signs, value_code.block).astype(queries.dtype)
+
+
+def _group(code: CacheCode) -> int:
+    return code.group_size or code.size
+
+
+def _check_heads(queries: mx.array, kv_heads: int, size: int) -> None:
+    if queries.ndim != 4 or queries.shape[1] % kv_heads or queries.shape[3] != size:
+        raise ShapeError(f"queries of shape {queries.shape} for {kv_heads} key-value heads of {size}; they must be "
+                         "(batch, a multiple of these heads, length, that size)")
+
+
+def _causal(rows: int, length: int) -> mx.array:
+    return mx.arange(length - rows, length)[:, None] >= mx.arange(length)[None]
+
+
+def _bias(mask: mx.array | None) -> mx.array | None:
+    """An additive float32 mask, of four axes."""
+    if mask is None:
+        return None
+    bias = mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+    return bias.reshape(*[1] * (4 - bias.ndim), *bias.shape)
+
+
+def _visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
+    if isinstance(mask, str) and mask != "causal":
+        raise ShapeError(f"mask {mask!r}; it must be None, 'causal' or an array")
+    bias = _bias(None if isinstance(mask, str) else mask)
+    if bias is not None and bias.shape[-1] != length:
+        raise ShapeError(f"a mask of shape {bias.shape} over {length} tokens; its last axis must be the tokens")
+    return Visibility(isinstance(mask, str), None if bias is None else view(bias),
+                      None if sinks is None else view(sinks.astype(mx.float32)))
