@@ -1,39 +1,65 @@
 """Filters, sort orders and pages."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from registry import FILTER_FIELDS, SORT_FIELDS, EvaluationRecord, Model, Registry, RegistryError, filter_help
+from registry import (
+    FILTER_FIELDS,
+    SORT_FIELDS,
+    EvaluationRecord,
+    Model,
+    ModelRecord,
+    Registry,
+    RegistryError,
+    filter_help,
+    open_registry,
+)
 from registry import SpeedRecord as Speed
+
+FIVE = [
+    ("llama-4", 4, "llama", 20.0),
+    ("llama-3", 3, "llama", 22.5),
+    ("qwen-3", 3, "qwen2", 21.0),
+    ("qwen-2", 2, "qwen2", None),
+    ("plain", None, "mistral", None),
+]
+
+
+@pytest.fixture(scope="module")
+def five_home(
+    tmp_path_factory: pytest.TempPathFactory,
+    record: Callable[..., ModelRecord],
+    fill: Callable[..., Path],
+    evaluation: Callable[..., EvaluationRecord],
+) -> Path:
+    home = tmp_path_factory.mktemp("five") / "home"
+    with open_registry(home) as registry:
+        for day, (name, bits, architecture, ppl) in enumerate(FIVE, start=1):
+            changes = {
+                "licence": "mit" if bits == 4 else None,
+                "created_at": datetime(2026, 11, day, 12, tzinfo=UTC),
+                "hardware": "100%_",
+            }
+            with registry.staging(name) as staging:
+                made = record(name, bits=bits, architecture=architecture, **changes)
+                registry.publish(made, fill(staging))
+            if ppl:
+                results = evaluation(99.0), evaluation(ppl), evaluation(1.0, baseline=True)
+                registry.add_evaluation(name, *results)
+        registry.add_tags("qwen-2", "small")
+    return home
 
 
 @pytest.fixture
-def five(
-    registry: Registry, publish: Callable[..., Model], evaluation: Callable[..., EvaluationRecord]
-) -> Registry:
+def five(five_home: Path, home: Path) -> Iterator[Registry]:
     """Five models, of which three were evaluated."""
-    for day, (name, bits, architecture, ppl) in enumerate(
-        [
-            ("llama-4", 4, "llama", 20.0),
-            ("llama-3", 3, "llama", 22.5),
-            ("qwen-3", 3, "qwen2", 21.0),
-            ("qwen-2", 2, "qwen2", None),
-            ("plain", None, "mistral", None),
-        ],
-        start=1,
-    ):
-        licence = "mit" if bits == 4 else None
-        created = datetime(2026, 11, day, 12, tzinfo=UTC)
-        publish(
-            name, bits=bits, architecture=architecture, licence=licence, created_at=created, hardware="100%_"
-        )
-        if ppl:
-            registry.add_evaluation(name, evaluation(99.0), evaluation(ppl), evaluation(1.0, baseline=True))
-    registry.add_tags("qwen-2", "small")
-    return registry
+    shutil.copytree(five_home, home)
+    with open_registry(home) as opened:
+        yield opened
 
 
 def names(registry: Registry, *filters: str, sort: str = "created_at") -> list[str]:
