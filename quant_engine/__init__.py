@@ -2,6 +2,18 @@
 
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import ConversionResult, convert
+from quant_engine.evaluate import EvaluationReport, evaluate
+from quant_engine.loader import load
 from quant_engine.plan import Plan, plan
 
-__all__ = ["CacheConfig", "ConversionResult", "Plan", "QuantConfig", "convert", "plan"]
+__all__ = [
+    "CacheConfig",
+    "ConversionResult",
+    "EvaluationReport",
+    "Plan",
+    "QuantConfig",
+    "convert",
+    "evaluate",
+    "load",
+    "plan",
+]

@@ -33,9 +33,10 @@ from quant_engine.safetensors_file import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 ALLOWED_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja",
-    "README.md",
+    "config.json", "generation_config.json", "model*.safetensors", INDEX, "README.md",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """What is fetched from a repository: weights, tokenizer, settings and card. Never code, never pickles."""
 

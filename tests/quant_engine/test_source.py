@@ -1,3 +1,4 @@
+import fnmatch
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,7 +230,18 @@ def test_a_repository_is_fetched_at_a_pinned_commit_without_code(hub: Hub) -> No
     assert (source.name, source.repo, source.revision) == ("owner/name", "owner/name", COMMIT)
     assert source.content_sha256 is None
     assert hub.asked[0]["revision"] == COMMIT
-    assert not any(".py" in pattern for pattern in hub.asked[0]["allow_patterns"])
+    allowed = hub.asked[0]["allow_patterns"]
+    for file in (
+        "tokenizer.py",
+        "tokenizer_custom.py",
+        "modeling_x.py",
+        "model.bin",
+        "model.py",
+        "vocab.pkl",
+        "a/b.py",
+    ):
+        assert not any(fnmatch.fnmatch(file, pattern) for pattern in allowed)
+    assert any(fnmatch.fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in allowed)
     assert said == [f"downloading owner/name at {COMMIT[:12]}", "downloaded owner/name"]
 
 
