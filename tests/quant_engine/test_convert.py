@@ -299,7 +299,7 @@ print(json.dumps([start, made.peak_memory_bytes, made.bits_per_weight]))
 
 def _write_large_model(folder: Path) -> int:
     """A checkpoint of more than 500 MB, one random block repeated, streamed to the disk; its largest layer in bytes."""
-    config = CONFIG | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 32_768,
+    config = CONFIG | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 32_768,
                        "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
     write_model(folder, weights=lambda made: {"none": mx.zeros(1)})
     (folder / "config.json").write_text(json.dumps(config))
