@@ -1,0 +1,22 @@
+"""The command `tq-mcp`: parse, then import and run what the command needs, and nothing else."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tq_mcp.cli.parser import build_parser
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        command = importlib.import_module(f"tq_mcp.cli.{arguments.module}")
+        return int(command.run(arguments))
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing was left half-written.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1

@@ -1,0 +1,32 @@
+"""`tq-mcp convert`."""
+
+import argparse
+from pathlib import Path
+
+from quant_engine.config import QuantConfig
+from tq_mcp.cli import output
+from tq_mcp.cli.run import run_command
+
+
+def run(arguments: argparse.Namespace) -> int:
+    place = Path(arguments.mlx_path).expanduser().absolute() if arguments.mlx_path else None
+    return run_command(
+        arguments,
+        lambda services, progress: services.convert(
+            arguments.model,
+            recipe=QuantConfig(
+                bits=arguments.bits,
+                group_size=arguments.group_size,
+                rotation=arguments.rotation,
+                use_qjl=arguments.use_qjl,
+                seed=arguments.seed,
+            ),
+            name=arguments.name,
+            output=place,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            keep_unfitting=arguments.keep_unfitting,
+            progress=progress,
+        ),
+        output.conversion,
+    )

@@ -1,0 +1,248 @@
+"""The arguments of every command. Imports nothing heavy, so that --help answers at once.
+
+Each command names the module of `tq_mcp.cli` that runs it; modules have `run(arguments) -> exit code`.
+"""
+
+import argparse
+from typing import Any, Protocol
+
+WEIGHT_BITS = (2, 3, 4)
+CACHE_BITS = (2, 3, 4, 8)
+GROUP_SIZES = (0, 32, 64, 128)
+ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
+DTYPES = ("float32", "float16", "bfloat16")
+
+MODEL_HELP = "registry name, folder, or Hugging Face repository (owner/name)"
+SOURCE_HELP = "float model: folder, or Hugging Face repository (owner/name)"
+
+DESCRIPTION = """\
+Make language models small with TurboQuant, run them, measure the cost, find them again.
+Models are named by registry name, folder, or Hugging Face repository."""
+
+
+class Commands(Protocol):
+    """What argparse gives for adding commands; its own class is private."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser: ...
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tq-mcp",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="First steps: tq-mcp demo. Then: tq-mcp plan --help.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_serve(commands)
+    _add_demo(commands)
+    _add_convert(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_compare(commands)
+    _add_plan(commands)
+    _add_models(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _command(commands: Commands, name: str, module: str, purpose: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=purpose[0].lower() + purpose[1:].rstrip("."),
+        description=purpose,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(module=module)
+    parser.add_argument("--home", metavar="DIR", help="models and registry (default: TQ_HOME, or ~/.tq-mcp)")
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+
+
+def _add_serve(commands: Commands) -> None:
+    _command(
+        commands,
+        "serve",
+        "serve",
+        "Serve the tools to an MCP client over stdio.",
+        "claude mcp add turboquant -- tq-mcp serve",
+    )
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "demo",
+        "Start the server as an agent would and use its tools, on a small model that comes along.",
+        "tq-mcp demo --model Qwen/Qwen2.5-0.5B",
+    )
+    parser.add_argument("--model", help=f"{SOURCE_HELP} (default: the model that comes along)")
+    _add_json(parser)
+
+
+def _add_convert(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "convert",
+        "Compress a model with TurboQuant and register it.",
+        "tq-mcp convert --hf-path Qwen/Qwen2.5-0.5B --bits 3 --group-size 64",
+    )
+    _add_source(parser)
+    parser.add_argument("--mlx-path", metavar="DIR", help="folder to write (default: HOME/models/NAME)")
+    parser.add_argument("--name", help="registry name (default: that of --mlx-path, or made from the source)")
+    parser.add_argument("--bits", type=int, choices=WEIGHT_BITS, default=3, help="bits a weight (default: 3)")
+    _add_group_size(parser)
+    parser.add_argument(
+        "--rotation", choices=ROTATIONS, default="auto", help="mixing before rounding (default: auto, what fits)"
+    )
+    parser.add_argument("--use-qjl", action="store_true", help="one more bit a weight for unbiased products")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights that are not quantized (default: as they are)")
+    _add_keep_unfitting(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")
+    _add_json(parser)
+
+
+def _add_generate(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        "generate",
+        "Continue a prompt.",
+        'tq-mcp generate --model qwen-3bit --prompt "The capital of Norway is" --max-tokens 40',
+    )
+    _add_model_and_prompt(parser, max_tokens=256)
+    parser.add_argument(
+        "--temp", "--temperature", dest="temperature", type=float, default=0.0, help="0: greedy (default)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, help="above 1 repeats less")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--k-bits", type=int, choices=CACHE_BITS, help="compress keys of the cache")
+    parser.add_argument("--v-bits", type=int, choices=CACHE_BITS, help="compress values of the cache")
+    _add_json(parser)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "evaluate",
+        "Measure what compression costs: float, MLX's affine quantization, and TurboQuant, side by side.",
+        "tq-mcp evaluate --hf-path Qwen/Qwen2.5-0.5B --bits 2 3 4 --num-samples 32 --seq-len 512",
+    )
+    parser.add_argument(
+        "--hf-path", "--model", dest="model", required=True, metavar="MODEL",
+        help=f"{MODEL_HELP}; a registered model is measured as it is, beside its original",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="commit, tag or branch of a repository")
+    _add_widths(parser)
+    _add_group_size(parser)
+    parser.add_argument("--num-samples", type=int, default=32, help="windows of text (default: 32)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: 512)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 file, or wikitext2 (default: prose that Python carries)")
+    parser.add_argument("--no-affine", action="store_true", help="leave MLX's affine quantization out")
+    parser.add_argument("--no-qjl", action="store_true", help="leave TurboQuant with QJL out")
+    _add_json(parser)
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "compare-kv",
+        "compare_kv",
+        "Continue a prompt with a full-precision key-value cache and with compressed ones, side by side.",
+        'tq-mcp compare-kv --model qwen-3bit --prompt "Once upon a time" --tq-bits 4',
+    )
+    _add_model_and_prompt(parser, max_tokens=64)
+    parser.add_argument(
+        "--tq-bits", type=int, nargs="+", choices=CACHE_BITS, metavar="{2,3,4,8}",
+        help="keys and values alike, one cache each (default: 8/8, 8/4, 4/4, 3/3)",
+    )  # fmt: skip
+    parser.add_argument("--k-bits", type=int, choices=CACHE_BITS, help="keys of one more cache")
+    parser.add_argument("--v-bits", type=int, choices=CACHE_BITS, help="values of one more cache")
+    _add_group_size(parser)
+    _add_json(parser)
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "plan",
+        "Say what converting a model would take and give, without downloading its weights.",
+        "tq-mcp plan --hf-path Qwen/Qwen2.5-0.5B --context 8192",
+    )
+    _add_source(parser)
+    _add_widths(parser)
+    _add_group_size(parser)
+    parser.add_argument("--context", type=int, default=4096, help="tokens that the cache is to hold (default: 4096)")
+    parser.add_argument("--use-qjl", action="store_true", help="with QJL's additional bit")
+    _add_keep_unfitting(parser)
+    _add_json(parser)
+
+
+def _add_models(commands: Commands) -> None:
+    models = commands.add_parser("models", help="list and show registered models")
+    actions = models.add_subparsers(dest="action", required=True)
+    listing = _command(
+        actions, "ls", "models", "List registered models.", 'tq-mcp models ls --filter "bits<=3" --sort ppl'
+    )
+    listing.add_argument(
+        "--filter", action="append", default=[], dest="filters", metavar="CONDITION",
+        help='such as "bits<=3", architecture=llama or name~qwen; may be repeated, then all must hold',
+    )  # fmt: skip
+    listing.add_argument("--sort", default="-created_at", help="a field, - before it for descending")
+    listing.add_argument("--limit", type=int, default=50, help="default: 50")
+    listing.add_argument("--cursor", help="next_cursor of the page before")
+    _add_json(listing)
+    showing = _command(actions, "show", "models", "Show all about one model.", "tq-mcp models show qwen-3bit")
+    showing.add_argument("name", help="name or alias")
+    _add_json(showing)
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = _command(
+        commands, "doctor", "doctor", "Show platform, backend, and what is missing with how to get it.", "tq-mcp doctor"
+    )
+    _add_json(parser)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf-path", "--model", dest="model", required=True, metavar="MODEL", help=SOURCE_HELP)
+    parser.add_argument("--revision", help="commit, tag or branch of a repository")
+
+
+def _add_model_and_prompt(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"default: {max_tokens}")
+    parser.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: where the model has one)"
+    )
+
+
+def _add_widths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=WEIGHT_BITS, default=list(WEIGHT_BITS), metavar="{2,3,4}",
+        help="one or more widths (default: 2 3 4)",
+    )  # fmt: skip
+
+
+def _add_group_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group-size", type=int, choices=GROUP_SIZES, default=64, help="values that share a scale (default: 64)"
+    )
+
+
+def _add_keep_unfitting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-unfitting", action="store_true", help="keep layers whose width no group divides, instead of failing"
+    )

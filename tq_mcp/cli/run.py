@@ -1,0 +1,74 @@
+"""What all commands share: open services, show progress on stderr, print results, turn failures into exit codes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from metal_kernels import announce_compilation
+from quant_engine.progress import Progress as Report
+from tq_mcp.cli.output import console
+from tq_mcp.errors import EXPECTED, describe
+from tq_mcp.services import Services, open_services
+from tq_mcp.settings import Settings
+from tq_mcp.untrusted import clean
+
+FAILED = 1
+
+R = TypeVar("R", bound=BaseModel)
+Show = Callable[[R], RenderableType]
+
+
+def run_command(
+    arguments: argparse.Namespace, work: Callable[[Services, Report], R], show: Show[R] | None = None
+) -> int:
+    """Do the work with a progress bar on stderr, then print its result on stdout: JSON where asked for, otherwise
+    what `show` makes of it."""
+    try:
+        with open_services(Settings.read(arguments.home)) as services, progress_bar() as report:
+            result = work(services, report)
+    except EXPECTED as error:
+        return fail(describe(error))
+    except OSError as error:
+        return fail(f"The machine refused: {error}.")
+    print_result(result, arguments.json, show)
+    return 0
+
+
+def print_result(result: R, as_json: bool, show: Show[R] | None = None) -> None:
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    elif show is not None:
+        console().print(show(result))
+
+
+def fail(message: str) -> int:
+    """One paragraph on stderr."""
+    print(f"tq-mcp: {clean(message)}", file=sys.stderr)
+    return FAILED
+
+
+@contextmanager
+def progress_bar() -> Generator[Report]:
+    """A bar on stderr where that is a terminal; compilation of kernels is announced in any case."""
+    errors = Console(stderr=True)
+    percent = TextColumn("{task.percentage:>3.0f} %")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(done: int, total: int, message: str) -> None:
+            bar.update(task, completed=done, total=total or None, description=message[:60])
+
+        with announce_compilation(lambda notice: errors.print(notice, style="dim")):
+            yield report
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or all of stdin for "-"."""
+    return sys.stdin.read() if prompt == "-" else prompt

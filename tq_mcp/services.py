@@ -1,0 +1,269 @@
+"""What tools and commands do: the only place where the engine and the registry meet."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from quant_engine.compare import DEFAULT_CACHES, compare_caches
+from quant_engine.config import CacheConfig, QuantConfig
+from quant_engine.convert import convert
+from quant_engine.errors import TurboQuantError
+from quant_engine.evaluate import evaluate
+from quant_engine.generate import generate
+from quant_engine.plan import plan as plan_sizes
+from quant_engine.progress import Progress, silent
+from quant_engine.sampling import Sampling
+from quant_engine.source import Source, resolve
+from quant_engine.text import load_text
+from registry import Model, Registry, open_registry
+from tq_mcp import records, schemas
+from tq_mcp.loaded_model import LoadedModel
+from tq_mcp.locate import Located, locate
+from tq_mcp.settings import Settings
+
+OnText = Callable[[str], None]
+
+FULL_PRECISION = "full precision"
+
+
+class Services:
+    """All that can be done with models. Use it from one thread, but for `list_models` and `get_model`.
+
+    `model` is everywhere a registry name, a folder or a Hub repository. Work raises TurboQuantError,
+    KernelError or RegistryError, whose texts are for users; an exception from `progress` stops it, and nothing
+    is left behind.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._loaded = LoadedModel()
+
+    def convert(
+        self,
+        model: str,
+        *,
+        recipe: QuantConfig,
+        name: str | None = None,
+        output: Path | None = None,
+        revision: str | None = None,
+        dtype: str | None = None,
+        keep_unfitting: bool = False,
+        progress: Progress = silent,
+    ) -> schemas.Conversion:
+        """Convert and register a model, both or neither; `output` None puts it under the models folder."""
+        origin = locate(self._registry, model)
+        chosen = name or (output.name if output else records.default_name(origin, *_named(recipe)))
+        self._registry.require_free(chosen, output)
+        self._loaded.forget()
+        with self._registry.staging(chosen, output) as staging:
+            made = convert(
+                origin.ref,
+                staging,
+                config=recipe,
+                revision=revision,
+                dtype=dtype,
+                keep_unfitting=keep_unfitting,
+                progress=progress,
+            )
+            record = records.model_record(chosen, made, origin)
+            registered = self._registry.publish(record, staging, output, files=records.file_records(made))
+        return records.conversion(registered, made)
+
+    def generate(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        chat: bool | None = None,
+        cache: CacheConfig | None = None,
+        progress: Progress = silent,
+        on_text: OnText | None = None,
+    ) -> schemas.Generation:
+        """Continue a prompt; the speed is recorded where the model is registered."""
+        found = locate(self._registry, model)
+        loaded, tokenizer = self._loaded.get(found.ref, progress)
+        pieces = 0
+
+        def on_piece(text: str) -> None:
+            nonlocal pieces
+            pieces += 1
+            progress(min(pieces, max_tokens), max_tokens, "writing")
+            if on_text is not None:
+                on_text(text)
+
+        made = generate(
+            loaded,
+            tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            chat=chat,
+            cache=cache,
+            on_text=on_piece,
+            **asdict(sampling or Sampling()),
+        )
+        described = cache_name(cache)
+        if found.model:
+            self._registry.add_speed(found.model.name, records.speed_record(made, described))
+        return records.generation(found.name, made, described)
+
+    def evaluate(
+        self,
+        model: str,
+        *,
+        bits: Sequence[int] = (2, 3, 4),
+        group_size: int = 64,
+        text: str | Path | None = None,
+        seq_len: int = 512,
+        num_samples: int = 32,
+        affine: bool = True,
+        qjl: bool = True,
+        revision: str | None = None,
+        progress: Progress = silent,
+    ) -> schemas.Evaluation:
+        """Measure a float model and what each of `bits` would cost it, or a registered model as it is beside the
+        float model that it was made from. Rows of a registered model are recorded."""
+        found = locate(self._registry, model)
+        used = load_text(text)
+        self._loaded.forget()
+        original, notes = self._original(found, progress)
+        report = evaluate(
+            found.ref,
+            bits=bits,
+            group_size=group_size,
+            text=used,
+            seq_len=seq_len,
+            num_samples=num_samples,
+            affine=affine,
+            qjl=qjl,
+            reference=original.path if original else None,
+            revision=revision,
+            progress=progress,
+        )
+        if found.model:
+            compared = found.model.source if original else None
+            self._registry.add_evaluation(found.model.name, *records.evaluation_records(report, compared))
+        return records.evaluation(found.name, report, notes)
+
+    def compare_kv_cache(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        max_tokens: int = 64,
+        caches: Sequence[CacheConfig] = DEFAULT_CACHES,
+        chat: bool | None = None,
+        progress: Progress = silent,
+    ) -> schemas.CacheComparison:
+        """Continue a prompt with a full-precision cache and with each of `caches`; recorded where registered."""
+        found = locate(self._registry, model)
+        loaded, tokenizer = self._loaded.get(found.ref, progress)
+        report = compare_caches(
+            loaded, tokenizer, prompt, max_tokens=max_tokens, caches=caches, chat=chat, progress=progress
+        )
+        if found.model:
+            rows = records.cache_records(report, prompt, max_tokens, caches)
+            self._registry.add_cache_comparison(found.model.name, *rows)
+        return records.cache_comparison(found.name, report)
+
+    def plan(
+        self,
+        model: str,
+        *,
+        bits: Sequence[int] = (2, 3, 4),
+        group_size: int = 64,
+        context: int = 4096,
+        use_qjl: bool = False,
+        keep_unfitting: bool = False,
+        revision: str | None = None,
+        progress: Progress = silent,
+    ) -> schemas.Plan:
+        """What converting would give, from headers only."""
+        origin = locate(self._registry, model)
+        found = plan_sizes(
+            origin.ref,
+            bits=bits,
+            group_size=group_size,
+            context=context,
+            use_qjl=use_qjl,
+            keep_unfitting=keep_unfitting,
+            revision=revision,
+            progress=progress,
+        )
+        return records.plan(found)
+
+    def list_models(
+        self,
+        filters: Sequence[str] = (),
+        sort: str = "-created_at",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> schemas.ModelList:
+        """A page of the registry."""
+        page = self._registry.models(filters, sort, limit, cursor)
+        return schemas.ModelList(
+            models=[schemas.ModelSummary(**records.summary(model)) for model in page.models],
+            total=page.total,
+            next_cursor=page.next_cursor,
+            notices=list(page.notices),
+        )
+
+    def get_model(self, name: str) -> schemas.ModelDetails:
+        """All about a registered model."""
+        found = self._registry.get(name)
+        return records.details(
+            found,
+            self._registry.evaluations(found.name),
+            self._registry.speeds(found.name),
+            self._registry.cache_comparisons(found.name),
+            self._registry.children(found.name),
+        )
+
+    def _original(self, found: Located, progress: Progress) -> tuple[Source | None, list[str]]:
+        """The float model that a registered one was made from, and a note where it cannot be had."""
+        if found.model is None:
+            return None, []
+        source = found.model.source
+        try:
+            origin = resolve(source, revision=found.model.source_revision, progress=progress)
+        except TurboQuantError as error:
+            return None, [f"no float and affine rows: the original {source} cannot be read ({error})"]
+        if not _unchanged(origin, found.model):
+            return None, [f"no float and affine rows: {source} has changed since the conversion"]
+        return origin, []
+
+
+@contextmanager
+def open_services(settings: Settings) -> Generator[Services]:
+    """Services on the registry of the home folder."""
+    with open_registry(settings.home) as registry:
+        yield Services(registry)
+
+
+def cache_name(cache: CacheConfig | None) -> str:
+    """A cache in words."""
+    return FULL_PRECISION if cache is None else f"{cache.k_bits}-bit keys, {cache.v_bits}-bit values"
+
+
+def cache_configs(
+    tq_bits: Sequence[int] | None = None, k_bits: int | None = None, v_bits: int | None = None, group_size: int = 64
+) -> list[CacheConfig]:
+    """The caches that options ask for: equal bits for keys and values, a pair of both, or the usual ones."""
+    equal = [CacheConfig(bits, bits, group_size) for bits in tq_bits or ()]
+    default = CacheConfig()
+    if k_bits is not None or v_bits is not None:
+        pair = CacheConfig(k_bits or default.k_bits, v_bits or default.v_bits, group_size)
+        return [*equal, pair]
+    return equal or [CacheConfig(c.k_bits, c.v_bits, group_size) for c in DEFAULT_CACHES]
+
+
+def _named(recipe: QuantConfig) -> tuple[int, int, bool]:
+    return recipe.bits, recipe.group_size, recipe.use_qjl
+
+
+def _unchanged(origin: Source, model: Model) -> bool:
+    if origin.repo is not None:
+        return origin.revision == model.source_revision
+    return origin.content_sha256 == model.source_sha256

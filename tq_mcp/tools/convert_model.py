@@ -1,0 +1,61 @@
+"""The tool convert_model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from quant_engine.config import QuantConfig
+from tq_mcp import schemas
+from tq_mcp.tools import arguments
+from tq_mcp.tools.strict import strict_tool
+from tq_mcp.tools.work import ToolContext, heavy
+
+Name = Annotated[
+    str | None,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        description="registry name of the new model; default: made from the source, bits and group size",
+    ),
+]
+
+
+async def convert_model(
+    context: ToolContext,
+    model: arguments.FloatModel,
+    bits: Annotated[arguments.WeightBits, Field(description="bits a weight; 4 costs least, 2 most quality")] = 3,
+    group_size: arguments.Group = 64,
+    rotation: Annotated[
+        Literal["auto", "hadamard", "blockwise_hadamard", "none"],
+        Field(description="how weights are mixed before rounding; auto takes the best that fits"),
+    ] = "auto",
+    use_qjl: Annotated[bool, Field(description="one more bit a weight for unbiased products; rarely helps")] = False,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        Field(description="of weights that are not quantized; default: as they are"),
+    ] = None,
+    keep_unfitting: arguments.KeepUnfitting = False,
+    name: Name = None,
+    revision: arguments.Revision = None,
+) -> schemas.Conversion:
+    """Compress a language model with TurboQuant to 2, 3 or 4 bits a weight, and register it.
+
+    The model appears under the server's models folder when it is whole; cancelling leaves nothing behind. Small
+    models take seconds, large ones minutes. Call plan_conversion first, and afterwards evaluate_ppl and generate
+    with the name in the result.
+    """
+    recipe_values = {"bits": bits, "group_size": group_size, "rotation": rotation, "use_qjl": use_qjl}
+    return await heavy(
+        context,
+        lambda services, progress: services.convert(
+            model,
+            recipe=QuantConfig.from_dict(recipe_values),
+            name=name,
+            revision=revision,
+            dtype=dtype,
+            keep_unfitting=keep_unfitting,
+            progress=progress,
+        ),
+    )
+
+
+TOOL = strict_tool(convert_model, title="Convert a model", read_only=False, idempotent=False, open_world=True)
