@@ -41,7 +41,12 @@ class CacheCode:
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Mask = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
     """softmax(scale * queries keys^T + mask) values for float arrays: (B, H, L, value size) in queries' dtype.
@@ -81,8 +86,16 @@ def unpack_cache(packed: mx.array, scales: mx.array, code: CacheCode, dtype: mx.
 
 
 def packed_attention(
-    queries: mx.array, keys: tuple[mx.array, mx.array], values: tuple[mx.array, mx.array], key_code: CacheCode,
-    value_code: CacheCode, *, length: int, scale: float, mask: Mask = None, sinks: mx.array | None = None,
+    queries: mx.array,
+    keys: tuple[mx.array, mx.array],
+    values: tuple[mx.array, mx.array],
+    key_code: CacheCode,
+    value_code: CacheCode,
+    *,
+    length: int,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention over the first `length` packed tokens: (B, H, L, value size) in queries' dtype.
 
@@ -92,14 +105,18 @@ def packed_attention(
     _check_heads(queries, keys[0].shape[1], key_code.size)
     if has_kernel("packed_attention"):
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
-        sides = [PackedTokens(view(codes), view(scales), np.array(code.codebook, np.float32), code.size)
-                 for (codes, scales), code in ((keys, key_code), (values, value_code))]
+        sides = [
+            PackedTokens(view(codes), view(scales), np.array(code.codebook, np.float32), code.size)
+            for (codes, scales), code in ((keys, key_code), (values, value_code))
+        ]
         out = mx.array(attend(q.reshape(queries.shape), *sides, length, scale, _visibility(mask, sinks, length)))
     else:
         q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
         held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
         bias = _bias(_causal(queries.shape[2], length) if isinstance(mask, str) else mask)
-        out = reference.packed_attention(q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks)
+        out = reference.packed_attention(
+            q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks
+        )
     return unrotate(out, value_code.signs, value_code.block).astype(queries.dtype)
 
 
@@ -109,8 +126,10 @@ def _group(code: CacheCode) -> int:
 
 def _check_heads(queries: mx.array, kv_heads: int, size: int) -> None:
     if queries.ndim != 4 or queries.shape[1] % kv_heads or queries.shape[3] != size:
-        raise ShapeError(f"queries of shape {queries.shape} for {kv_heads} key-value heads of {size}; they must be "
-                         "(batch, a multiple of these heads, length, that size)")
+        raise ShapeError(
+            f"queries of shape {queries.shape} for {kv_heads} key-value heads of {size}; they must be "
+            "(batch, a multiple of these heads, length, that size)"
+        )
 
 
 def _causal(rows: int, length: int) -> mx.array:
@@ -131,5 +150,8 @@ def _visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
     bias = _bias(None if isinstance(mask, str) else mask)
     if bias is not None and bias.shape[-1] != length:
         raise ShapeError(f"a mask of shape {bias.shape} over {length} tokens; its last axis must be the tokens")
-    return Visibility(isinstance(mask, str), None if bias is None else view(bias),
-                      None if sinks is None else view(sinks.astype(mx.float32)))
+    return Visibility(
+        isinstance(mask, str),
+        None if bias is None else view(bias),
+        None if sinks is None else view(sinks.astype(mx.float32)),
+    )

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import mlx.core as mx
 
+from metal_kernels.cpu.threads import prepare_threads
 from metal_kernels.errors import KernelError
 
 Backend = Literal["metal", "cuda", "cpu", "reference"]
@@ -20,8 +21,9 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": frozenset(),
     "cuda": frozenset(),
-    "cpu": frozenset({"rotate", "quantize", "matmul", "dense", "affine", "attention", "packed_attention",
-                      "pack_cache", "swiglu"}),
+    "cpu": frozenset(
+        {"rotate", "quantize", "matmul", "dense", "affine", "attention", "packed_attention", "pack_cache", "swiglu"}
+    ),
 }
 
 _forced: ContextVar[Backend | None] = ContextVar("forced_backend", default=None)
@@ -46,8 +48,10 @@ def use_backend(name: str) -> Generator[None]:
     if name not in BACKENDS:
         raise KernelError(f"no backend named {name!r}; choose from {', '.join(BACKENDS)}")
     if name not in ("reference", device()):
-        raise KernelError(f"the {name} backend needs MLX on a {name} device, and MLX runs on {device()} here; "
-                          "use 'reference', or mx.set_default_device")
+        raise KernelError(
+            f"the {name} backend needs MLX on a {name} device, and MLX runs on {device()} here; "
+            "use 'reference', or mx.set_default_device"
+        )
     token = _forced.set(name)
     try:
         yield
@@ -63,12 +67,19 @@ def has_kernel(operation: str) -> bool:
     """
     backend = active_backend()
     if operation in _KERNELS.get(backend, frozenset()):
-        _ran.add(f"{backend}:{operation}")
+        if backend == "cpu":
+            prepare_threads()
+        record(backend, operation)
         return True
     if _forced.get() not in (None, "reference"):
         raise KernelError(f"the {backend} backend has no kernel for {operation}; use 'reference' for it")
-    _ran.add(f"reference:{operation}")
+    record("reference", operation)
     return False
+
+
+def record(backend: Backend, operation: str) -> None:
+    """Note that an operation ran on a backend."""
+    _ran.add(f"{backend}:{operation}")
 
 
 def reset_paths() -> None:

@@ -33,5 +33,6 @@ def check_rotation(width: int, signs: mx.array | None, block: int) -> None:
     if signs is not None and signs.shape != (width,):
         raise ShapeError(f"signs of shape {signs.shape} for a width of {width}; they must be ({width},)")
     if block < 1 or width % block or hadamard_block(block) != block:
-        raise ShapeError(f"a Hadamard block of {block} for a width of {width}; the largest that fits is "
-                         f"{hadamard_block(width)}")
+        raise ShapeError(
+            f"a Hadamard block of {block} for a width of {width}; the largest that fits is {hadamard_block(width)}"
+        )

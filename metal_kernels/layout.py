@@ -35,7 +35,9 @@ def groups(width: int, group_size: int) -> int:
     if group_size == 0:
         return 1
     if group_size < 0 or width % group_size:
-        raise ShapeError(f"groups of {group_size} do not divide a width of {width}; choose a divisor, or 0 for one a row")
+        raise ShapeError(
+            f"groups of {group_size} do not divide a width of {width}; choose a divisor, or 0 for one a row"
+        )
     return width // group_size
 
 
@@ -60,7 +62,9 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 def unpack(packed: mx.array, bits: int, width: int) -> mx.array:
     """Unpack uint32 words (..., width * bits / 32) into uint32 codes (..., width)."""
     if packed.shape[-1] != words(width, bits):
-        raise ShapeError(f"{packed.shape[-1]} words hold no row of {width} codes of {bits} bits ({words(width, bits)} words)")
+        raise ShapeError(
+            f"{packed.shape[-1]} words hold no row of {width} codes of {bits} bits ({words(width, bits)} words)"
+        )
     first = mx.arange(width, dtype=mx.uint32) * bits
     word, shift = first // WORD_BITS, first % WORD_BITS
     low = mx.take(packed, word, axis=-1) >> shift

@@ -14,7 +14,7 @@ from metal_kernels.cpu.arrays import rows_float32, view
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
-from metal_kernels.dispatch import has_kernel
+from metal_kernels.dispatch import has_kernel, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.hadamard import check_rotation, rotate
 from metal_kernels.layout import bits_of, groups, words
@@ -28,8 +28,9 @@ class PackedWeight:
     On a CPU the codes are laid out for its vector registers and the given arrays are not kept.
     """
 
-    def __init__(self, packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None,
-                 block: int) -> None:
+    def __init__(
+        self, packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None, block: int
+    ) -> None:
         self.codebook, self.block = codebook, block
         self.bits = bits_of(codebook)
         self.shape = (packed.shape[0], packed.shape[1] * 32 // self.bits)
@@ -46,11 +47,15 @@ class PackedWeight:
     def _check(self, packed: mx.array, scales: mx.array) -> None:
         rows, width = self.shape
         if packed.dtype != mx.uint32 or packed.shape[1] != words(width, self.bits):
-            raise ShapeError(f"packed codes of shape {packed.shape} and {packed.dtype}; they must be uint32 words of "
-                             f"whole rows of {self.bits}-bit codes")
+            raise ShapeError(
+                f"packed codes of shape {packed.shape} and {packed.dtype}; they must be uint32 words of "
+                f"whole rows of {self.bits}-bit codes"
+            )
         if scales.dtype != mx.float16 or scales.shape[0] != rows or width % scales.shape[1]:
-            raise ShapeError(f"scales of shape {scales.shape} and {scales.dtype} for a {rows} x {width} matrix; they "
-                             "must be float16, a whole number of groups a row")
+            raise ShapeError(
+                f"scales of shape {scales.shape} and {scales.dtype} for a {rows} x {width} matrix; they "
+                "must be float16, a whole number of groups a row"
+            )
         group = width // groups(width, width // scales.shape[1])
         if scales.shape[1] > 1 and group not in (32, 64, 128):
             raise ShapeError(f"groups of {group}; they must be of 32, 64 or 128 values, or one a row")
@@ -66,8 +71,10 @@ class PackedWeight:
     def times(self, x: mx.array) -> mx.array:
         """See `matmul`."""
         if self._lanes is None:
+            record("reference", "matmul")
             rotated = rotate(x, self.signs, self.block)
             return reference.matmul(rotated, self._packed, self._scales, self.codebook)
+        record("cpu", "matmul")
         rows = rotate_rows(rows_float32(x), self._signs, self.block, self._lanes.padded)
         return _back(packed_product(rows, self._lanes), x)
 
@@ -86,7 +93,9 @@ class DenseWeight:
     def times(self, x: mx.array) -> mx.array:
         """x (..., width) times the transposed weight: (..., out) in x's dtype."""
         if self._padded is None:
+            record("reference", "dense")
             return x @ self._weight.T
+        record("cpu", "dense")
         return _back(dense_product(rows_float32(x), self._padded, self.shape[0]), x)
 
 
@@ -116,8 +125,10 @@ def matmul(x: mx.array, weight: Weight) -> mx.array:
     Raises ShapeError where the widths differ.
     """
     if x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"activations of shape {x.shape} for a weight of shape {weight.shape}; the last axis must be "
-                         f"{weight.shape[1]}")
+        raise ShapeError(
+            f"activations of shape {x.shape} for a weight of shape {weight.shape}; the last axis must be "
+            f"{weight.shape[1]}"
+        )
     return weight.times(x)
 
 

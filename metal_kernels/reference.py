@@ -103,9 +103,7 @@ def dequantize(
     return grouped.reshape(*packed.shape[:-1], width).astype(dtype)
 
 
-def matmul(
-    x: mx.array, packed: mx.array, scales: mx.array, codebook: tuple[float, ...]
-) -> mx.array:
+def matmul(x: mx.array, packed: mx.array, scales: mx.array, codebook: tuple[float, ...]) -> mx.array:
     """x (..., width), already rotated, times the transposed packed matrix (out, width): (..., out)."""
     return x @ dequantize(packed, scales, codebook, x.dtype).T
 
@@ -135,8 +133,13 @@ def pack_cache(x: mx.array, codebook: tuple[float, ...], group_size: int) -> tup
 
 
 def packed_attention(
-    queries: mx.array, keys: tuple[mx.array, mx.array], values: tuple[mx.array, mx.array],
-    codebooks: tuple[tuple[float, ...], tuple[float, ...]], scale: float, bias: mx.array | None, sinks: mx.array | None,
+    queries: mx.array,
+    keys: tuple[mx.array, mx.array],
+    values: tuple[mx.array, mx.array],
+    codebooks: tuple[tuple[float, ...], tuple[float, ...]],
+    scale: float,
+    bias: mx.array | None,
+    sinks: mx.array | None,
     tile: int = 512,
 ) -> mx.array:
     """Attention of rotated queries (B, H, L, D) over packed tokens, tile by tile under a running maximum.
@@ -147,8 +150,11 @@ def packed_attention(
     batch, heads, rows, size = queries.shape
     kv_heads, length = keys[0].shape[1], keys[0].shape[2]
     q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, size) * scale
-    top = mx.full((*q.shape[:3], 1), -mx.inf) if sinks is None else mx.broadcast_to(
-        mx.repeat(sinks.astype(mx.float32), rows).reshape(1, kv_heads, -1, 1), (*q.shape[:3], 1))
+    top = (
+        mx.full((*q.shape[:3], 1), -mx.inf)
+        if sinks is None
+        else mx.broadcast_to(mx.repeat(sinks.astype(mx.float32), rows).reshape(1, kv_heads, -1, 1), (*q.shape[:3], 1))
+    )
     total = mx.isfinite(top).astype(mx.float32)
     result = mx.zeros((1,))
     for first in range(0, length, tile):

@@ -35,9 +35,14 @@ def cache_code(size: int, bits: int, group_size: int, seed: int) -> CacheCode:
         return CacheCode(codebook, group_size, mx.array(rotation.signs(size, seed)), block, size)
     except ShapeError as error:
         fitting = [g for g in GROUP_SIZES if (g == 0 or size % g == 0) and size % 32 == 0]
-        advice = f"group sizes that fit are {', '.join(map(str, fitting))} (0: the whole head)" if fitting else (
-            "heads must be a multiple of 32 wide; leave this model's cache as it is")
-        raise RecipeError(f"heads of {size} cannot be cached at {bits} bits in groups of {group_size}: {advice}") from error
+        advice = (
+            f"group sizes that fit are {', '.join(map(str, fitting))} (0: the whole head)"
+            if fitting
+            else ("heads must be a multiple of 32 wide; leave this model's cache as it is")
+        )
+        raise RecipeError(
+            f"heads of {size} cannot be cached at {bits} bits in groups of {group_size}: {advice}"
+        ) from error
 
 
 class _Side:
@@ -53,8 +58,9 @@ class _Side:
         if self.code is None:
             self.code = cache_code(x.shape[-1], *self._recipe)
         new, end = metal_kernels.pack_cache(x, self.code), at + x.shape[2]
-        self.store = cast(_Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end)
-                                       for i in range(2)))
+        self.store = cast(
+            _Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end) for i in range(2))
+        )
         for buffer, part in zip(self.store, new, strict=True):
             buffer[:, :, at:end] = part
 
@@ -141,8 +147,17 @@ class TurboQuantKVCache:
         if self._packed != self.offset or self._keys.code is None or self._values.code is None:
             return metal_kernels.attention(queries, *self._all(), scale=scale, mask=mask, sinks=sinks)
         assert self._keys.store is not None and self._values.store is not None
-        return metal_kernels.packed_attention(queries, self._keys.store, self._values.store, self._keys.code,
-                                              self._values.code, length=self._packed, scale=scale, mask=mask, sinks=sinks)
+        return metal_kernels.packed_attention(
+            queries,
+            self._keys.store,
+            self._values.store,
+            self._keys.code,
+            self._values.code,
+            length=self._packed,
+            scale=scale,
+            mask=mask,
+            sinks=sinks,
+        )
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """The mask of `length` new tokens, as mlx-lm's models ask for it."""
@@ -187,12 +202,22 @@ class TurboQuantKVCache:
     @property
     def state(self) -> list[Any]:
         """All that `from_state` needs: arrays, numbers and None, as mlx-lm's caches give it."""
-        stored: list[Any] = [a for side in (self._keys, self._values) for a in (
-            side.held(self._packed) if side.store is not None else (None, None))]
+        stored: list[Any] = [
+            a
+            for side in (self._keys, self._values)
+            for a in (side.held(self._packed) if side.store is not None else (None, None))
+        ]
         windows: list[Any] = [a for pair in (self._sinks, self._recent) for a in (pair or (None, None))]
         sizes = [side.code.size if side.code else 0 for side in (self._keys, self._values)]
-        return [*stored, *windows, self.offset, self._packed, *sizes, str(self._dtype).rpartition(".")[2],
-                *self.config.to_dict().values()]
+        return [
+            *stored,
+            *windows,
+            self.offset,
+            self._packed,
+            *sizes,
+            str(self._dtype).rpartition(".")[2],
+            *self.config.to_dict().values(),
+        ]
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
@@ -214,6 +239,10 @@ class TurboQuantKVCache:
         cache.state = state
         return cache
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A branch that goes on by itself; the tokens so far are shared until either adds to them."""
+        return self.from_state(self.state)
+
 
 def _tokens(pair: _Pair | None) -> int:
     return 0 if pair is None else pair[0].shape[2]
@@ -230,8 +259,16 @@ def _join(first: _Pair | None, second: _Pair) -> _Pair:
 
 
 def convert_cache_to_turboquant(
-    cache: Sequence[Any], *, tq_bits: int | None = None, k_bits: int = 8, v_bits: int = 4, group_size: int = 64,
-    sink_tokens: int = 0, recent_tokens: int = 0, boundary_layers: int = 0, seed: int = 0,
+    cache: Sequence[Any],
+    *,
+    tq_bits: int | None = None,
+    k_bits: int = 8,
+    v_bits: int = 4,
+    group_size: int = 64,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+    boundary_layers: int = 0,
+    seed: int = 0,
 ) -> list[Any]:
     """A compressed copy of an mlx-lm prompt cache, empty or filled, for mlx-lm's or this project's generation.
 
@@ -246,8 +283,10 @@ def convert_cache_to_turboquant(
     chosen = set(plain[boundary_layers : len(plain) - boundary_layers])
     if not chosen:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache})) or "none"
-        raise InputError(f"no layer's cache can be compressed: of {len(cache)} layers ({kinds}) {len(plain)} hold a "
-                         f"plain KVCache and boundary_layers={boundary_layers} keeps {2 * boundary_layers} of them whole")
+        raise InputError(
+            f"no layer's cache can be compressed: of {len(cache)} layers ({kinds}) {len(plain)} hold a "
+            f"plain KVCache and boundary_layers={boundary_layers} keeps {2 * boundary_layers} of them whole"
+        )
     return [_compressed(layer, config) if i in chosen else layer for i, layer in enumerate(cache)]
 
 

@@ -67,8 +67,9 @@ class AffineLinear(FastLinear):
 class TurboQuantLinear(FastLinear):
     """A linear layer with rotated, codebook-quantized weights (TurboQuant, arXiv 2504.19874, algorithm 1)."""
 
-    def __init__(self, weight: PackedWeight, bias: mx.array | None = None,
-                 qjl: residual.Residual | None = None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: mx.array | None = None, qjl: residual.Residual | None = None
+    ) -> None:
         super().__init__(weight, bias)
         self._qjl = qjl
 

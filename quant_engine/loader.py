@@ -32,7 +32,11 @@ DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, 
 
 
 def load(
-    model: str | Path, *, revision: str | None = None, dtype: str | None = None, fuse: bool = True,
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    fuse: bool = True,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Any]:
     """Load a model folder or Hub repository: mlx-lm's model and its tokenizer.
@@ -50,7 +54,7 @@ def load(
 
 def load_tokenizer(source: Source) -> Any:
     """mlx-lm's tokenizer of a model folder."""
-    return adapter.tokenizer(source.path, source.config.get("eos_token_id"))
+    return adapter.tokenizer(source.path, source.eos_token_id)
 
 
 def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) -> nn.Module:
@@ -83,8 +87,10 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
     replacements: dict[str, nn.Module] = {}
     for group in groups:
         parts = [layers[path] for path in group]
-        stacked = DenseLinear(mx.concatenate([p.weight for p in parts]), _stack_biases([p.get("bias") for p in parts],
-                                                                                       [p.weight.shape[0] for p in parts]))
+        stacked = DenseLinear(
+            mx.concatenate([p.weight for p in parts]),
+            _stack_biases([p.get("bias") for p in parts], [p.weight.shape[0] for p in parts]),
+        )
         replacements |= zip(group, branches(stacked, [p.weight.shape[0] for p in parts]), strict=True)
     for path, layer in layers.items():
         if path not in fused:
@@ -102,7 +108,9 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
 def _stack_biases(biases: list[mx.array | None], rows: list[int]) -> mx.array | None:
     if all(b is None for b in biases):
         return None
-    return mx.concatenate([mx.zeros(n) if b is None else b.astype(mx.float32) for b, n in zip(biases, rows, strict=True)])
+    return mx.concatenate(
+        [mx.zeros(n) if b is None else b.astype(mx.float32) for b, n in zip(biases, rows, strict=True)]
+    )
 
 
 def _load_converted(source: Source, manifest: Manifest, fuse: bool) -> nn.Module:
@@ -128,7 +136,12 @@ def _load_converted(source: Source, manifest: Manifest, fuse: bool) -> nn.Module
 def _alike(first: ModuleEntry, other: ModuleEntry) -> bool:
     """Whether two layers' codes can be stacked into one matrix."""
     return not first.qjl and (first.bits, first.group_size, first.block, first.shape[1], first.qjl) == (
-        other.bits, other.group_size, other.block, other.shape[1], other.qjl)
+        other.bits,
+        other.group_size,
+        other.block,
+        other.shape[1],
+        other.qjl,
+    )
 
 
 def _fused(group: tuple[str, ...], manifest: Manifest, tensors: dict[str, mx.array]) -> list[Branch]:
@@ -141,8 +154,21 @@ def _fused(group: tuple[str, ...], manifest: Manifest, tensors: dict[str, mx.arr
 def _take(path: str, manifest: Manifest, tensors: dict[str, mx.array]) -> tuple[QuantizedWeight, mx.array | None]:
     """Remove a quantized layer's tensors from `tensors` and return it with its bias."""
     entry = manifest.modules[path]
-    qjl = residual.Residual(tensors.pop(f"{path}.qjl_signs"), tensors.pop(f"{path}.qjl_norms"), entry.shape[1],
-                            manifest.seed) if entry.qjl else None
-    weight = QuantizedWeight(tensors.pop(f"{path}.weight"), tensors.pop(f"{path}.scales"),
-                             manifest.codebook(entry.bits), entry.bits, entry.group_size, manifest.seed, entry.block, qjl)
+    qjl = (
+        residual.Residual(
+            tensors.pop(f"{path}.qjl_signs"), tensors.pop(f"{path}.qjl_norms"), entry.shape[1], manifest.seed
+        )
+        if entry.qjl
+        else None
+    )
+    weight = QuantizedWeight(
+        tensors.pop(f"{path}.weight"),
+        tensors.pop(f"{path}.scales"),
+        manifest.codebook(entry.bits),
+        entry.bits,
+        entry.group_size,
+        manifest.seed,
+        entry.block,
+        qjl,
+    )
     return weight, tensors.pop(f"{path}.bias", None)

@@ -55,10 +55,13 @@ def set_parameters(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     named = cast(dict[str, mx.array], sanitize(dict(weights)) if sanitize else dict(weights))
     expected = {name for name, _ in tree_flatten(model.parameters())}
     wrong = [f"missing {n}" for n in sorted(expected - set(named))] + [
-        f"unexpected {n}" for n in sorted(set(named) - expected)]
+        f"unexpected {n}" for n in sorted(set(named) - expected)
+    ]
     if wrong:
-        raise UnsupportedModelError(f"the weights do not fit mlx-lm's {type(model).__module__}: {', '.join(wrong[:6])}"
-                                    f"{' and more' if len(wrong) > 6 else ''}; update mlx-lm, or convert again")
+        raise UnsupportedModelError(
+            f"the weights do not fit mlx-lm's {type(model).__module__}: {', '.join(wrong[:6])}"
+            f"{' and more' if len(wrong) > 6 else ''}; update mlx-lm, or convert again"
+        )
     model.load_weights(list(named.items()))
 
 
@@ -70,7 +73,7 @@ def tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
     """Modules of the given kinds by their dotted path, in the model's order."""
     named = cast(list[tuple[str, nn.Module]], model.named_modules())
-    return {path: module for path, module in named if isinstance(module, kinds)}
+    return {path: module for path, module in reversed(named) if isinstance(module, kinds)}
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -92,8 +95,15 @@ def backbone(model: nn.Module) -> Callable[..., mx.array] | None:
     return cast(Callable[..., mx.array], inner) if isinstance(inner, nn.Module) else None
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any,
-              sinks: mx.array | None = None) -> mx.array:
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
     """Attention as mlx-lm's models call it: by the cache itself where it can, by this project's kernels otherwise."""
     if hasattr(cache, "attend"):
         return cast(Attends, cache).attend(queries, scale=scale, mask=mask, sinks=sinks)
@@ -131,15 +141,23 @@ def _routed_class(kind: type) -> type:
     methods: dict[str, FunctionType] = {}
     for name, function in vars(kind).items():
         if isinstance(function, FunctionType):
-            replaced = {target: ours for target, (theirs, ours) in ROUTES.items()
-                        if target in function.__code__.co_names and function.__globals__.get(target) is theirs}
+            replaced = {
+                target: ours
+                for target, (theirs, ours) in ROUTES.items()
+                if target in function.__code__.co_names and function.__globals__.get(target) is theirs
+            }
             if replaced:
                 methods[name] = _with_globals(function, replaced)
     return type(kind.__name__, (kind,), methods) if methods else kind
 
 
 def _with_globals(function: FunctionType, replaced: Mapping[str, Any]) -> FunctionType:
-    copy = FunctionType(function.__code__, {**function.__globals__, **replaced}, function.__name__,
-                        function.__defaults__, function.__closure__)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

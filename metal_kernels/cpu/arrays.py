@@ -17,4 +17,3 @@ def rows_float32(x: mx.array) -> NDArray[np.float32]:
     """x (..., width) as float32 rows (n, width), each contiguous; a view where x is float32 already."""
     rows = view(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     return np.ascontiguousarray(rows)
-

@@ -78,13 +78,33 @@ def _few(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float
     chunks = -(-length // CHUNK)
     partial = np.empty((batch, heads, chunks, grouped.shape[2], size), np.float32)
     state = np.empty((batch, heads, chunks, grouped.shape[2], 2), np.float32)
-    bias = np.zeros((1, 1, 1, 1), np.float32) if seen.bias is None else np.broadcast_to(
-        seen.bias, (batch, n_heads, rows_per_head, length))
-    common = (np.float32(scale), seen.causal and rows_per_head > 1, seen.bias is not None, bias, rows_per_head, length,
-              partial, state)
+    bias = (
+        np.zeros((1, 1, 1, 1), np.float32)
+        if seen.bias is None
+        else np.broadcast_to(seen.bias, (batch, n_heads, rows_per_head, length))
+    )
+    common = (
+        np.float32(scale),
+        seen.causal and rows_per_head > 1,
+        seen.bias is not None,
+        bias,
+        rows_per_head,
+        length,
+        partial,
+        state,
+    )
     if isinstance(keys, PackedTokens) and isinstance(values, PackedTokens):
-        _packed_chunks(grouped, keys.codes, keys.scales.view(np.uint16), keys.table, values.codes,
-                       values.scales.view(np.uint16), values.table, _half_table(), *common)
+        _packed_chunks(
+            grouped,
+            keys.codes,
+            keys.scales.view(np.uint16),
+            keys.table,
+            values.codes,
+            values.scales.view(np.uint16),
+            values.table,
+            _half_table(),
+            *common,
+        )
     else:
         _float_chunks(grouped, keys, values, *common)
     out = np.empty((batch, heads, grouped.shape[2], size), np.float32)
@@ -107,8 +127,22 @@ def _half_table() -> Array:
 
 
 @njit(cache=True, fastmath=_MATH, nogil=True)
-def _chunk(q: Any, k: Any, v: Any, scale: Any, first: Any, stops: Any, biased: Any, bias: Any, per_head: Any,
-           head: Any, acc: Any, state: Any, scores: Any, scratch: Any) -> None:
+def _chunk(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: Any,
+    first: Any,
+    stops: Any,
+    biased: Any,
+    bias: Any,
+    per_head: Any,
+    head: Any,
+    acc: Any,
+    state: Any,
+    scores: Any,
+    scratch: Any,
+) -> None:
     """One chunk of tokens, k and v (tokens, size), for all rows of q: weighted sums, maxima and totals."""
     tokens, rows = k.shape[0], q.shape[0]
     for t in range(tokens):
@@ -158,8 +192,19 @@ def _stops(length: Any, per_head: Any, causal: Any) -> Any:
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _float_chunks(q: Any, k: Any, v: Any, scale: Any, causal: Any, biased: Any, bias: Any, per_head: Any,
-                  length: Any, partial: Any, state: Any) -> None:
+def _float_chunks(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: Any,
+    causal: Any,
+    biased: Any,
+    bias: Any,
+    per_head: Any,
+    length: Any,
+    partial: Any,
+    state: Any,
+) -> None:
     batch, heads, chunks, rows = partial.shape[:4]
     for task in prange(batch * heads * chunks):
         b, rest = task // (heads * chunks), task % (heads * chunks)
@@ -167,14 +212,43 @@ def _float_chunks(q: Any, k: Any, v: Any, scale: Any, causal: Any, biased: Any, 
         first, last = c * CHUNK, min(length, (c + 1) * CHUNK)
         scores, scratch = np.empty((rows, CHUNK), np.float32), np.empty(CHUNK, np.int32)
         own = bias[b if biased else 0]
-        _chunk(q[b, h], k[b, h, first:last], v[b, h, first:last], scale, first, _stops(length, per_head, causal),
-               biased, own, per_head, h, partial[b, h, c], state[b, h, c], scores, scratch)
+        _chunk(
+            q[b, h],
+            k[b, h, first:last],
+            v[b, h, first:last],
+            scale,
+            first,
+            _stops(length, per_head, causal),
+            biased,
+            own,
+            per_head,
+            h,
+            partial[b, h, c],
+            state[b, h, c],
+            scores,
+            scratch,
+        )
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _packed_chunks(q: Any, k: Any, k_scales: Any, k_table: Any, v: Any, v_scales: Any, v_table: Any, halves: Any,
-                   scale: Any, causal: Any, biased: Any, bias: Any, per_head: Any, length: Any, partial: Any,
-                   state: Any) -> None:
+def _packed_chunks(
+    q: Any,
+    k: Any,
+    k_scales: Any,
+    k_table: Any,
+    v: Any,
+    v_scales: Any,
+    v_table: Any,
+    halves: Any,
+    scale: Any,
+    causal: Any,
+    biased: Any,
+    bias: Any,
+    per_head: Any,
+    length: Any,
+    partial: Any,
+    state: Any,
+) -> None:
     batch, heads, chunks, rows = partial.shape[:4]
     for task in prange(batch * heads * chunks):
         b, rest = task // (heads * chunks), task % (heads * chunks)
@@ -186,8 +260,22 @@ def _packed_chunks(q: Any, k: Any, k_scales: Any, k_table: Any, v: Any, v_scales
         values = np.empty((last - first, partial.shape[4]), np.float32)
         _decode(k[b, h, first:last], k_scales[b, h, first:last], k_table, halves, keys)
         _decode(v[b, h, first:last], v_scales[b, h, first:last], v_table, halves, values)
-        _chunk(q[b, h], keys, values, scale, first, _stops(length, per_head, causal), biased, own, per_head, h,
-               partial[b, h, c], state[b, h, c], scores, scratch)
+        _chunk(
+            q[b, h],
+            keys,
+            values,
+            scale,
+            first,
+            _stops(length, per_head, causal),
+            biased,
+            own,
+            per_head,
+            h,
+            partial[b, h, c],
+            state[b, h, c],
+            scores,
+            scratch,
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -247,8 +335,17 @@ def _many(queries: Array, keys: Tokens, values: Tokens, length: int, scale: floa
             read_keys, read_values = _reader(keys, b, h), _reader(values, b, h)
             shared = grouped.shape[2] // per_head
             own = None if bias is None else bias[b, h * shared : (h + 1) * shared]
-            _head(grouped[b, h], read_keys, read_values, length, per_head, seen.causal, own,
-                  sinks[h * shared : (h + 1) * shared], out[b, h])
+            _head(
+                grouped[b, h],
+                read_keys,
+                read_values,
+                length,
+                per_head,
+                seen.causal,
+                own,
+                sinks[h * shared : (h + 1) * shared],
+                out[b, h],
+            )
     return out.reshape(batch, n_heads, per_head, size)
 
 
@@ -274,8 +371,17 @@ def _decode_tile(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> 
         _decode(codes[first:last], scales[first:last], table, halves, out[first:last])
 
 
-def _head(queries: Array, read_keys: Callable[[int, int], Array], read_values: Callable[[int, int], Array],
-          length: int, per_head: int, causal: bool, bias: Array | None, sinks: Array, out: Array) -> None:
+def _head(
+    queries: Array,
+    read_keys: Callable[[int, int], Array],
+    read_values: Callable[[int, int], Array],
+    length: int,
+    per_head: int,
+    causal: bool,
+    bias: Array | None,
+    sinks: Array,
+    out: Array,
+) -> None:
     """All query rows of one key-value head, tile by tile of tokens; queries are scaled already."""
     rows = queries.shape[0]
     state = np.empty((rows, 2), np.float32)
@@ -292,8 +398,11 @@ def _head(queries: Array, read_keys: Callable[[int, int], Array], read_values: C
                 continue
             scores = queries[start:stop] @ keys.T
             if bias is not None:
-                scores += bias.reshape(rows, -1)[start:stop, first:last] if bias.flags.c_contiguous else np.stack(
-                    [bias[r // per_head, r % per_head, first:last] for r in range(start, stop)])
+                scores += (
+                    bias.reshape(rows, -1)[start:stop, first:last]
+                    if bias.flags.c_contiguous
+                    else np.stack([bias[r // per_head, r % per_head, first:last] for r in range(start, stop)])
+                )
             _weigh(scores, state[start:stop], out[start:stop], start, per_head, before + 1 - first, causal)
             out[start:stop] += scores @ values
     _normalise(out, state)

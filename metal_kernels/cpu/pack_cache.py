@@ -11,8 +11,9 @@ from metal_kernels.cpu.quantize import half
 REFITS = 2
 
 
-def pack_rows(x: NDArray[np.float32], codebook: tuple[float, ...], group_size: int) -> tuple[
-        NDArray[np.uint32], NDArray[np.float16]]:
+def pack_rows(
+    x: NDArray[np.float32], codebook: tuple[float, ...], group_size: int
+) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
     """As `reference.pack_cache` for rotated rows x (n, size): uint32 (n, words), float16 (n, groups)."""
     n, size = x.shape
     bits = (len(codebook) - 1).bit_length()

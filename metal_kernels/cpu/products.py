@@ -100,10 +100,24 @@ def _packed_kernel(bits: int, per_scale: int, at_once: int, columns: int, lanes:
         rows = out.shape[1]
         for i in prange((rows + at_once - 1) // at_once):
             row = min(i * at_once, rows - at_once)
-            dot_packed(codes.ctypes.data + row * codes.strides[0], codes.strides[0],
-                       scales.ctypes.data + row * scales.strides[0], scales.strides[0], table.ctypes.data,
-                       x.ctypes.data, x.strides[0], out.ctypes.data + row * 4, out.strides[0], codes.shape[1],
-                       bits, per_scale, at_once, columns, lanes, lookup)
+            dot_packed(
+                codes.ctypes.data + row * codes.strides[0],
+                codes.strides[0],
+                scales.ctypes.data + row * scales.strides[0],
+                scales.strides[0],
+                table.ctypes.data,
+                x.ctypes.data,
+                x.strides[0],
+                out.ctypes.data + row * 4,
+                out.strides[0],
+                codes.shape[1],
+                bits,
+                per_scale,
+                at_once,
+                columns,
+                lanes,
+                lookup,
+            )
 
     return kernel
 
@@ -117,9 +131,19 @@ def _dense_kernel(kind: int, at_once: int, columns: int, lanes: int) -> Any:
         rows = out.shape[1]
         for i in prange((rows + at_once - 1) // at_once):
             row = min(i * at_once, rows - at_once)
-            dot_dense(weight.ctypes.data + row * weight.strides[0], weight.strides[0], x.ctypes.data, x.strides[0],
-                      out.ctypes.data + row * 4, out.strides[0], weight.shape[1] // block,
-                      kind, at_once, columns, lanes)
+            dot_dense(
+                weight.ctypes.data + row * weight.strides[0],
+                weight.strides[0],
+                x.ctypes.data,
+                x.strides[0],
+                out.ctypes.data + row * 4,
+                out.strides[0],
+                weight.shape[1] // block,
+                kind,
+                at_once,
+                columns,
+                lanes,
+            )
 
     return kernel
 
@@ -135,9 +159,17 @@ def _decode_kernel(bits: int, per_scale: int, lanes: int, lookup: int) -> Any:
     def kernel(codes: Any, scales: Any, table: Any, tile: Any, first: Any) -> None:
         for i in prange(tile.shape[0]):
             row = first + i
-            decode_packed(codes.ctypes.data + row * codes.strides[0], scales.ctypes.data + row * scales.strides[0],
-                          table.ctypes.data, tile.ctypes.data + i * tile.strides[0], codes.shape[1],
-                          bits, per_scale, lanes, lookup)
+            decode_packed(
+                codes.ctypes.data + row * codes.strides[0],
+                scales.ctypes.data + row * scales.strides[0],
+                table.ctypes.data,
+                tile.ctypes.data + i * tile.strides[0],
+                codes.shape[1],
+                bits,
+                per_scale,
+                lanes,
+                lookup,
+            )
 
     return kernel
 

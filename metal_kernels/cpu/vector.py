@@ -39,8 +39,9 @@ def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
 def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     vector = _vector(scalar.type, lanes)
     single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined),
-                                  ir.Constant(_vector(I32, lanes), [0] * lanes))
+    return builder.shuffle_vector(
+        single, ir.Constant(vector, ir.Undefined), ir.Constant(_vector(I32, lanes), [0] * lanes)
+    )
 
 
 def _constant(value: int, lanes: int) -> ir.Value:
@@ -65,7 +66,8 @@ def _lookup(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes
     if lanes == 16 and lookup == AVX512:
         v = _vector(F32, 16)
         permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512")
+            builder.module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512"
+        )
         return builder.call(permute, [table[0], index])
     if lookup != SCALAR:
         return _lookup_halves(builder, index, table, lanes)
@@ -83,8 +85,11 @@ def _lookup_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value]
     permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, vi]), "llvm.x86.avx2.permps")
     parts: list[ir.Value] = []
     for start in range(0, lanes, 8):
-        chosen = index if lanes == 8 else builder.shuffle_vector(
-            index, index, ir.Constant(vi, list(range(start, start + 8))))
+        chosen = (
+            index
+            if lanes == 8
+            else builder.shuffle_vector(index, index, ir.Constant(vi, list(range(start, start + 8))))
+        )
         low = builder.call(permute, [table[1], chosen])
         high = builder.call(permute, [table[2], chosen])
         bit = builder.icmp_signed("<", builder.shl(chosen, _constant(28, 8)), _constant(0, 8))
@@ -110,13 +115,13 @@ def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) 
     if bits == 3:
         top = [builder.lshr(word, _constant(30, lanes)) for word in words]
         one, two = _constant(1, lanes), _constant(2, lanes)
-        yield builder.or_(builder.and_(top[0], _constant(3, lanes)),
-                          builder.shl(builder.and_(top[1], one), two))
+        yield builder.or_(builder.and_(top[0], _constant(3, lanes)), builder.shl(builder.and_(top[1], one), two))
         yield builder.or_(builder.lshr(top[1], one), builder.shl(top[2], one))
 
 
-def _packed_values(builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int, lanes: int,
-                   lookup: int) -> Iterator[ir.Value]:
+def _packed_values(
+    builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int, lanes: int, lookup: int
+) -> Iterator[ir.Value]:
     words = [_load(builder, address, _vector(I32, lanes), 4 * lanes * w) for w in range(bits)]
     for index in _codes(builder, words, bits, lanes):
         yield _lookup(builder, index, table, lanes, lookup)
@@ -142,8 +147,9 @@ def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
         lanes //= 2
         mask_low = ir.Constant(_vector(I32, lanes), list(range(lanes)))
         mask_high = ir.Constant(_vector(I32, lanes), list(range(lanes, 2 * lanes)))
-        vector = builder.fadd(builder.shuffle_vector(vector, vector, mask_low),
-                              builder.shuffle_vector(vector, vector, mask_high))
+        vector = builder.fadd(
+            builder.shuffle_vector(vector, vector, mask_low), builder.shuffle_vector(vector, vector, mask_high)
+        )
     return builder.extract_element(vector, I32(0))
 
 
@@ -154,9 +160,25 @@ def _literals(*arguments: Any) -> tuple[int, ...] | None:
 
 
 @intrinsic(prefer_literal=True)
-def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale_stride: Any, table: Any, x: Any,
-               x_stride: Any, out: Any, out_stride: Any, blocks: Any, bits: Any, per_scale: Any, rows: Any,
-               columns: Any, lanes: Any, lookup: Any) -> Any:
+def dot_packed(
+    typing: Any,
+    weights: Any,
+    weight_stride: Any,
+    scales: Any,
+    scale_stride: Any,
+    table: Any,
+    x: Any,
+    x_stride: Any,
+    out: Any,
+    out_stride: Any,
+    blocks: Any,
+    bits: Any,
+    per_scale: Any,
+    rows: Any,
+    columns: Any,
+    lanes: Any,
+    lookup: Any,
+) -> Any:
     """out[c, r] = sum of table[code[r]] * scale[r] * x[c] for `rows` weight rows and `columns` activations.
 
     Addresses and strides are in bytes. bits 2 to 4, per_scale fields to a scale (FIELDS or less; 0: one scale a
@@ -179,10 +201,15 @@ def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale
             x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
             w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
             s_block = builder.add(s, builder.mul(loop.index, I64(scale_bytes)))
-            streams = [_packed_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table,
-                                      n_bits, n_lanes, way) for r in range(n_rows)]
-            sums = [[builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)]
-                    for r in range(n_rows)]
+            streams = [
+                _packed_values(
+                    builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table, n_bits, n_lanes, way
+                )
+                for r in range(n_rows)
+            ]
+            sums = [
+                [builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)] for r in range(n_rows)
+            ]
             for field in range(FIELDS):
                 inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
                 for r in range(n_rows):
@@ -215,8 +242,18 @@ def dot_packed(typing: Any, weights: Any, weight_stride: Any, scales: Any, scale
 
 
 @intrinsic(prefer_literal=True)
-def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, blocks: Any, bits: Any,
-                  per_scale: Any, lanes: Any, lookup: Any) -> Any:
+def decode_packed(
+    typing: Any,
+    weights: Any,
+    scales: Any,
+    table: Any,
+    out: Any,
+    blocks: Any,
+    bits: Any,
+    per_scale: Any,
+    lanes: Any,
+    lookup: Any,
+) -> Any:
     """Write one row of packed weights as float32 values, scale * table[code]; addresses as in `dot_packed`."""
     literal = _literals(bits, per_scale, lanes, lookup)
     if literal is None:
@@ -235,16 +272,29 @@ def decode_packed(typing: Any, weights: Any, scales: Any, table: Any, out: Any, 
                 if fields and field % fields == 0:
                     scale = _half_scale(builder, s_block, field // fields, n_lanes)
                 place = builder.add(out_block, I64(4 * n_lanes * field))
-                builder.store(builder.fmul(value, scale),
-                              builder.inttoptr(place, _vector(F32, n_lanes).as_pointer()), align=4)
+                builder.store(
+                    builder.fmul(value, scale), builder.inttoptr(place, _vector(F32, n_lanes).as_pointer()), align=4
+                )
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5, bits, per_scale, lanes, lookup), codegen
 
 
 @intrinsic(prefer_literal=True)
-def dot_dense(typing: Any, weights: Any, weight_stride: Any, x: Any, x_stride: Any, out: Any, out_stride: Any,
-              blocks: Any, kind: Any, rows: Any, columns: Any, lanes: Any) -> Any:
+def dot_dense(
+    typing: Any,
+    weights: Any,
+    weight_stride: Any,
+    x: Any,
+    x_stride: Any,
+    out: Any,
+    out_stride: Any,
+    blocks: Any,
+    kind: Any,
+    rows: Any,
+    columns: Any,
+    lanes: Any,
+) -> Any:
     """out[c, r] = <weight[r], x[c]> over whole blocks of rows of `kind` (see KINDS); as in `dot_packed`."""
     literal = _literals(kind, rows, columns, lanes)
     if literal is None:
@@ -260,8 +310,10 @@ def dot_dense(typing: Any, weights: Any, weight_stride: Any, x: Any, x_stride: A
             x_block = builder.add(xs, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
             x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
             w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
-            streams = [_dense_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), n_kind, n_lanes)
-                       for r in range(n_rows)]
+            streams = [
+                _dense_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), n_kind, n_lanes)
+                for r in range(n_rows)
+            ]
             sums = [[builder.load(totals[r][c]) for c in range(n_columns)] for r in range(n_rows)]
             for field in range(FIELDS):
                 inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
@@ -294,7 +346,9 @@ def hadamard16(typing: Any, source: Any, signs: Any, target: Any, norm: Any, run
             value = builder.fmul(_load(builder, builder.add(x, at), v, 0), _load(builder, builder.add(s, at), v, 0))
             value = builder.fmul(value, scale)
             for step in (1, 2, 4, 8):
-                swapped = builder.shuffle_vector(value, value, ir.Constant(_vector(I32, 16), [i ^ step for i in range(16)]))
+                swapped = builder.shuffle_vector(
+                    value, value, ir.Constant(_vector(I32, 16), [i ^ step for i in range(16)])
+                )
                 own = ir.Constant(v, [-1.0 if i & step else 1.0 for i in range(16)])
                 value = _fma(builder, value, own, swapped)
             builder.store(value, builder.inttoptr(builder.add(y, at), v.as_pointer()), align=4)

@@ -25,7 +25,10 @@ def test_the_path_that_ran_is_on_record() -> None:
 
 
 def test_a_backend_that_cannot_run_is_an_error_that_says_why() -> None:
-    with pytest.raises(KernelError, match="no backend named 'tpu'; choose from metal, cuda, cpu, reference"), use_backend("tpu"):
+    with (
+        pytest.raises(KernelError, match="no backend named 'tpu'; choose from metal, cuda, cpu, reference"),
+        use_backend("tpu"),
+    ):
         pass
     with pytest.raises(KernelError, match="needs MLX on a metal device, and MLX runs on cpu"), use_backend("metal"):
         pass

@@ -22,7 +22,9 @@ def test_three_bits_take_exactly_three_bits() -> None:
     assert words(4096, 3) * 32 == 3 * 4096
 
 
-@pytest.mark.parametrize(("width", "block"), [(4096, 4096), (2880, 320), (576, 192), (5632, 512), (14336, 14336), (7, 1)])
+@pytest.mark.parametrize(
+    ("width", "block"), [(4096, 4096), (2880, 320), (576, 192), (5632, 512), (14336, 14336), (7, 1)]
+)
 def test_the_hadamard_block_is_the_largest_supported_divisor(width: int, block: int) -> None:
     assert hadamard_block(width) == block
 

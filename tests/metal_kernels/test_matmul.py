@@ -19,7 +19,16 @@ from metal_kernels.cpu import lanes, vector
 from metal_kernels.cpu.products import packed_product
 from tests.metal_kernels.test_quantize import CODEBOOKS
 
-SHAPES = [(2, 512, 64), (3, 512, 64), (4, 512, 64), (3, 256, 128), (3, 704, 32), (4, 96, 32), (3, 320, 0), (2, 2880, 64)]
+SHAPES = [
+    (2, 512, 64),
+    (3, 512, 64),
+    (4, 512, 64),
+    (3, 256, 128),
+    (3, 704, 32),
+    (4, 96, 32),
+    (3, 320, 0),
+    (2, 2880, 64),
+]
 
 
 def _weight(bits: int, width: int, group_size: int, rows: int) -> tuple[tuple, np.ndarray]:

@@ -1,0 +1,82 @@
+"""From the text of a kernel to a compiled one, on Metal and on CUDA alike.
+
+A kernel is a body, a few lines that call into the files of `source/`, which are written once over a small dialect;
+`prelude_metal.h` and `prelude_cuda.h` give the dialect each machine's own words.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+
+from metal_kernels.errors import KernelError
+
+Dialect = Literal["metal", "cuda", "host"]
+SIMD = 32
+"""Threads of a simdgroup on every GPU that runs these kernels."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body."""
+
+    name: str
+    sources: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+
+    def header(self, dialect: Dialect) -> str:
+        """The dialect's prelude and the kernel's files."""
+        return "\n".join(source_text(name) for name in (f"prelude_{dialect}.h", *self.sources))
+
+    def launch(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+        groups: tuple[int, int],
+        threads: int,
+        constants: Mapping[str, int | bool | mx.Dtype],
+    ) -> list[mx.array]:
+        """Run `groups` threadgroups of `threads`; `outputs` are shapes and dtypes, `constants` compile-time values.
+
+        Raises KernelError where MLX has no GPU here.
+        """
+        compiled = _compiled(self, _dialect())
+        return compiled(
+            inputs=list(inputs),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            grid=(groups[0] * threads, groups[1], 1),
+            threadgroup=(threads, 1, 1),
+            template=list(constants.items()),
+        )
+
+
+@cache
+def source_text(name: str) -> str:
+    """The text of a file of `source/`."""
+    return files("metal_kernels").joinpath("source", name).read_text()
+
+
+def _dialect() -> Dialect:
+    if mx.default_device() == mx.Device(mx.cpu):
+        raise KernelError(
+            "a GPU kernel was asked for and MLX computes on the CPU here; use the cpu or reference backend"
+        )
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@cache
+def _compiled(kernel: Kernel, dialect: Dialect) -> Callable[..., list[mx.array]]:
+    make = cast(Any, mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel)
+    return make(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=kernel.body,
+        header=kernel.header(dialect),
+    )

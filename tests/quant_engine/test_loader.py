@@ -1,0 +1,110 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model
+
+import metal_kernels
+from quant_engine import mlx_lm_adapter as adapter
+from quant_engine.config import QuantConfig
+from quant_engine.convert import convert
+from quant_engine.errors import CorruptCheckpointError, RecipeError, SourceError, TurboQuantError
+from quant_engine.linear import Branch, TurboQuantLinear
+from quant_engine.loader import load
+from quant_engine.quantizer import dequantize_weight, quantize_weight
+
+TOKENS = mx.array([[5, 300, 17, 1200, 44, 44, 9, 800]])
+
+
+@pytest.fixture(scope="module")
+def converted(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "demo-3bit"
+    convert(demo_model, output, config=QuantConfig(bits=3))
+    return output
+
+
+def _mlx_lm_float32(path: Path) -> nn.Module:
+    model, _ = load_model(path)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def test_a_float_model_computes_what_mlx_lm_does(demo_model: Path) -> None:
+    model, tokenizer = load(demo_model)
+    assert mx.allclose(model(TOKENS), _mlx_lm_float32(demo_model)(TOKENS), atol=2e-4)
+    assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_converted_model_computes_with_the_dequantized_weights(demo_model: Path, converted: Path, fuse: bool) -> None:
+    expected = _mlx_lm_float32(demo_model)
+    for path, layer in adapter.linear_modules(expected).items():
+        layer.weight = dequantize_weight(quantize_weight(layer.weight, QuantConfig(bits=3)))
+        assert path.split(".")[-1].endswith("_proj")
+    model, _ = load(converted, fuse=fuse)
+    assert np.abs(np.array(model(TOKENS)) - np.array(expected(TOKENS))).max() < 1e-3
+    kinds = adapter.linear_modules(model, (TurboQuantLinear, Branch))
+    assert len(kinds) == 4 * 7
+    assert any(isinstance(layer, Branch) for layer in kinds.values()) == fuse
+
+
+def test_the_path_that_ran_is_the_packed_one(converted: Path) -> None:
+    model, _ = load(converted)
+    metal_kernels.reset_paths()
+    mx.eval(model(TOKENS))
+    assert "matmul" in metal_kernels.kernel_path()
+    assert "reference" not in metal_kernels.kernel_path()
+
+
+def test_activations_are_float32_on_a_cpu_unless_asked_otherwise(converted: Path) -> None:
+    assert load(converted)[0](TOKENS).dtype == mx.float32
+    assert load(converted, dtype="bfloat16")[0](TOKENS).dtype == mx.bfloat16
+    with pytest.raises(RecipeError, match="dtype 'int8'; choose from float32, float16, bfloat16"):
+        load(converted, dtype="int8")
+
+
+def test_a_qjl_model_loads_with_its_signs(demo_model: Path, tmp_path: Path) -> None:
+    convert(demo_model, tmp_path / "qjl", config=QuantConfig(bits=2, use_qjl=True))
+    plain, _ = load(demo_model)
+    model, _ = load(tmp_path / "qjl")
+    convert(demo_model, tmp_path / "without", config=QuantConfig(bits=2))
+    without, _ = load(tmp_path / "without")
+    exact = plain(TOKENS)
+    assert mx.square(model(TOKENS) - exact).mean() != mx.square(without(TOKENS) - exact).mean()
+
+
+def test_mlx_lms_own_affine_models_load(demo_model: Path, tmp_path: Path) -> None:
+    model = _mlx_lm_float32(demo_model)
+    nn.quantize(model, group_size=64, bits=4)
+    folder = tmp_path / "affine"
+    shutil.copytree(demo_model, folder)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(nn.utils.tree_flatten(model.parameters())))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
+    loaded, _ = load(folder)
+    assert mx.allclose(loaded(TOKENS), model(TOKENS), atol=2e-3)
+
+
+def test_a_model_that_lost_a_tensor_is_refused(converted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(converted, folder)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    del tensors["model.layers.2.mlp.down_proj.scales"]
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    with pytest.raises(TurboQuantError, match=r"model\.layers\.2\.mlp\.down_proj"):
+        load(folder)
+
+
+def test_a_missing_or_truncated_model_is_refused(converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no model at"):
+        load(tmp_path / "nowhere")
+    folder = tmp_path / "short"
+    shutil.copytree(converted, folder)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(CorruptCheckpointError):
+        load(folder)
