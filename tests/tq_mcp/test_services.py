@@ -1,0 +1,256 @@
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant_engine.config import CacheConfig, QuantConfig
+from quant_engine.errors import InputError, RecipeError, SourceError, UnsafeModelError
+from registry import RegistryError
+from tests.tq_mcp.conftest import NAME
+from tq_mcp import loaded_model, records
+from tq_mcp.locate import Located
+from tq_mcp.services import Services, cache_configs, cache_name, open_services
+from tq_mcp.settings import Settings
+
+PROMPT = "The history of the city begins in"
+
+
+class Stop(Exception):
+    """Raised by a progress callback."""
+
+
+def left_behind(home: Path) -> list[Path]:
+    """Whatever is under the models folder."""
+    return [path for path in (home / "models").rglob("*") if path.name != ".staging"]
+
+
+@pytest.fixture
+def services(home: Path) -> Iterator[Services]:
+    with open_services(Settings(home)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Services]:
+    with open_services(Settings(tmp_path / "empty")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def own_source(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo model that a test may change."""
+    return Path(shutil.copytree(demo_model, tmp_path / "source", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+
+
+class TestConvert:
+    def test_the_result_tells_what_is_on_the_disk(self, converted_home: Path, demo_model: Path) -> None:
+        with open_services(Settings(converted_home)) as services:
+            details = services.get_model(NAME)
+        folder = converted_home / "models" / NAME
+        assert Path(details.path) == folder
+        assert {file.path: file.size_bytes for file in details.files} == {
+            path.name: path.stat().st_size for path in folder.iterdir()
+        }
+        assert details.source == str(demo_model)
+        assert details.bits_per_weight == pytest.approx(3.25, abs=0.01)
+        assert details.recipe == QuantConfig().to_dict()
+
+    def test_a_name_is_made_from_source_and_recipe(self, empty: Services, demo_model: Path) -> None:
+        made = empty.convert(str(demo_model), recipe=QuantConfig(bits=2, group_size=32))
+        assert made.name == "demo_model-tq2-g32"
+
+    def test_a_folder_of_the_users_choice_is_registered_where_it_is(
+        self, empty: Services, demo_model: Path, tmp_path: Path
+    ) -> None:
+        made = empty.convert(str(demo_model), recipe=QuantConfig(), output=tmp_path / "chosen")
+        assert made.name == "chosen" and (tmp_path / "chosen" / "config.json").exists()
+        assert empty.get_model("chosen").external
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_a_taken_name_is_refused_before_any_work(self, services: Services, demo_model: Path) -> None:
+        ticks: list[str] = []
+        with pytest.raises(RegistryError, match="taken"):
+            services.convert(
+                str(demo_model), recipe=QuantConfig(), name=NAME, progress=lambda *tick: ticks.append(tick[2])
+            )
+        assert ticks == []
+
+    def test_a_name_that_would_leave_the_models_folder_is_refused(self, empty: Services, demo_model: Path) -> None:
+        with pytest.raises(RegistryError, match="model name"):
+            empty.convert(str(demo_model), recipe=QuantConfig(), name="../outside")
+
+    def test_an_exception_from_progress_leaves_nothing(self, empty: Services, demo_model: Path, tmp_path: Path) -> None:
+        def stop(done: int, total: int, message: str) -> None:
+            if done > 0:
+                raise Stop
+
+        with pytest.raises(Stop):
+            empty.convert(str(demo_model), recipe=QuantConfig(), progress=stop)
+        assert left_behind(tmp_path / "empty") == []
+        assert empty.list_models().total == 0
+
+    def test_a_failure_leaves_nothing_and_the_name_free(self, empty: Services, own_source: Path, tmp_path: Path) -> None:
+        weights = own_source / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1000])
+        with pytest.raises(Exception, match="download"):
+            empty.convert(str(own_source), recipe=QuantConfig(), name="again")
+        assert left_behind(tmp_path / "empty") == []
+        weights.write_bytes(whole)
+        assert empty.convert(str(own_source), recipe=QuantConfig(), name="again").name == "again"
+
+    def test_a_model_that_asks_for_code_is_refused(self, empty: Services, own_source: Path) -> None:
+        config = json.loads((own_source / "config.json").read_text())
+        (own_source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "code.py"}}))
+        with pytest.raises(UnsafeModelError, match="auto_map"):
+            empty.convert(str(own_source), recipe=QuantConfig())
+
+    def test_a_model_converted_already_is_refused(self, services: Services) -> None:
+        with pytest.raises(Exception, match="already"):
+            services.convert(NAME, recipe=QuantConfig(), name="twice")
+
+
+class TestGenerate:
+    def test_text_is_continued_and_the_speed_recorded(self, services: Services) -> None:
+        ticks: list[tuple[int, int]] = []
+        made = services.generate(NAME, PROMPT, max_tokens=8, progress=lambda *tick: ticks.append(tick[:2]))
+        assert made.model == NAME and made.text and made.generation_tokens == 8
+        assert made.cache == "full precision"
+        (speed,) = services.get_model(NAME).speeds
+        assert speed.generation_tokens == 8
+        assert services.list_models().models[0].generation_tokens_per_s == speed.generation_tokens_per_s
+        assert ticks[-1][1] == 8
+
+    def test_the_text_arrives_in_pieces(self, services: Services) -> None:
+        pieces: list[str] = []
+        made = services.generate(NAME, PROMPT, max_tokens=8, on_text=pieces.append)
+        assert "".join(pieces) == made.text and len(pieces) > 1
+
+    def test_a_model_that_is_not_registered_works_too(self, services: Services, demo_model: Path) -> None:
+        assert services.generate(str(demo_model), PROMPT, max_tokens=2).model == "demo_model"
+
+    def test_the_same_model_is_loaded_once(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+        loads: list[Any] = []
+        load = loaded_model.load
+        monkeypatch.setattr(loaded_model, "load", lambda ref, **options: loads.append(ref) or load(ref, **options))
+        for _ in range(2):
+            services.generate(NAME, PROMPT, max_tokens=1)
+        assert len(loads) == 1
+
+    def test_a_folder_that_was_made_anew_is_loaded_anew(self, services: Services, own_source: Path) -> None:
+        first = services.generate(str(own_source), PROMPT, max_tokens=3)
+        config = own_source / "config.json"
+        config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+        assert services._loaded is not None
+        with pytest.raises(Exception, match="layers"):
+            services.generate(str(own_source), PROMPT, max_tokens=3)
+        assert first.text
+
+    def test_an_empty_prompt_is_refused(self, services: Services) -> None:
+        with pytest.raises(InputError, match="empty"):
+            services.generate(NAME, "  ")
+
+    def test_a_compressed_cache_is_named(self, services: Services) -> None:
+        made = services.generate(NAME, PROMPT, max_tokens=4, cache=CacheConfig(8, 4))
+        assert made.cache == "8-bit keys, 4-bit values"
+
+
+class TestEvaluate:
+    def test_a_registered_model_stands_beside_its_original(self, services: Services) -> None:
+        report = services.evaluate(NAME, num_samples=2, seq_len=64)
+        assert [row.method for row in report.rows] == ["float", "affine", "turboquant"]
+        assert report.notes == [] and report.model == NAME
+        entries = services.get_model(NAME).evaluations
+        assert [(entry.method, entry.baseline) for entry in entries] == [
+            ("float", True), ("affine", True), ("turboquant", False),
+        ]  # fmt: skip
+        assert services.list_models().models[0].ppl == report.rows[-1].ppl
+
+    def test_without_its_original_it_is_measured_alone_and_says_why(
+        self, empty: Services, own_source: Path
+    ) -> None:
+        empty.convert(str(own_source), recipe=QuantConfig(), name="orphan")
+        shutil.rmtree(own_source)
+        report = empty.evaluate("orphan", num_samples=1, seq_len=32)
+        assert [row.method for row in report.rows] == ["turboquant"]
+        assert "cannot be read" in report.notes[0]
+
+    def test_a_changed_original_is_not_taken_for_it(self, empty: Services, own_source: Path) -> None:
+        empty.convert(str(own_source), recipe=QuantConfig(), name="child")
+        config = json.loads((own_source / "config.json").read_text())
+        (own_source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+        report = empty.evaluate("child", num_samples=1, seq_len=32)
+        assert [row.method for row in report.rows] == ["turboquant"]
+        assert "has changed" in report.notes[0]
+
+    def test_a_float_model_is_measured_at_each_width_and_nothing_recorded(
+        self, services: Services, demo_model: Path
+    ) -> None:
+        report = services.evaluate(str(demo_model), bits=[4], num_samples=1, seq_len=32, qjl=False)
+        assert [(row.method, row.bits) for row in report.rows] == [("float", None), ("affine", 4), ("turboquant", 4)]
+        assert services.get_model(NAME).evaluations == []
+
+    def test_a_text_that_is_missing_is_explained(self, services: Services) -> None:
+        with pytest.raises(InputError, match="cannot be read"):
+            services.evaluate(NAME, text="/nowhere.txt")
+
+
+class TestCompare:
+    def test_caches_stand_beside_full_precision_and_are_recorded(self, services: Services) -> None:
+        report = services.compare_kv_cache(NAME, PROMPT, max_tokens=4, caches=cache_configs([4]))
+        assert [(row.k_bits, row.v_bits) for row in report.rows] == [(None, None), (4, 4)]
+        entries = services.get_model(NAME).cache_comparisons
+        assert len({entry.run for entry in entries}) == 1 and len(entries) == 2
+
+
+class TestPlan:
+    def test_it_foretells_the_conversion(self, empty: Services, demo_model: Path) -> None:
+        plan = empty.plan(str(demo_model), bits=[3])
+        made = empty.convert(str(demo_model), recipe=QuantConfig())
+        assert plan.rows[0].bits_per_weight == made.bits_per_weight
+        assert plan.rows[0].size_bytes == made.size_bytes
+        assert plan.excluded == made.excluded
+
+    def test_a_width_that_does_not_exist_is_explained(self, empty: Services, demo_model: Path) -> None:
+        with pytest.raises(RecipeError, match="bits is 5"):
+            empty.plan(str(demo_model), bits=[5])
+
+    def test_a_model_that_is_nowhere_is_explained(self, empty: Services) -> None:
+        with pytest.raises(SourceError, match="no model at"):
+            empty.plan("/nowhere/model")
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("source", "name"),
+        [
+            ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B-tq3-g64"),
+            ("a model (new)", "a-model--new-tq3-g64"),
+            ("模型", "model-tq3-g64"),
+            ("x" * 200, "x" * 70 + "-tq3-g64"),
+        ],
+    )
+    def test_a_default_name_is_always_a_valid_one(self, source: str, name: str) -> None:
+        assert records.default_name(Located(source, source, None), 3, 64, False) == name
+
+    def test_qjl_is_in_the_name(self) -> None:
+        assert records.default_name(Located("m", "m", None), 2, 32, True) == "m-tq2-g32-qjl"
+
+
+class TestCacheOptions:
+    def test_without_bits_the_usual_ones_are_compared(self) -> None:
+        assert [(c.k_bits, c.v_bits) for c in cache_configs()] == [(8, 8), (8, 4), (4, 4), (3, 3)]
+
+    def test_equal_bits_and_a_pair_add_up(self) -> None:
+        chosen = cache_configs([3, 4], k_bits=8, v_bits=2, group_size=32)
+        assert [(c.k_bits, c.v_bits, c.group_size) for c in chosen] == [(3, 3, 32), (4, 4, 32), (8, 2, 32)]
+
+    def test_half_a_pair_is_completed_by_the_default(self) -> None:
+        assert [(c.k_bits, c.v_bits) for c in cache_configs(v_bits=2)] == [(8, 2)]
+
+    def test_a_cache_in_words(self) -> None:
+        assert cache_name(None) == "full precision"
+        assert cache_name(CacheConfig(3, 3)) == "3-bit keys, 3-bit values"
