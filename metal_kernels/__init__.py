@@ -15,7 +15,7 @@ from metal_kernels.dispatch import (
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.hadamard import rotate, unrotate
 from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
-from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, matmul
+from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, matmul, split
 from metal_kernels.quantize import dequantize, quantize
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "quantize",
     "reset_paths",
     "rotate",
+    "split",
     "swiglu",
     "unpack",
     "unpack_cache",

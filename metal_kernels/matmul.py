@@ -3,9 +3,11 @@
 A weight object is built once from its tensors and holds them in the form of the backend that was active then.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ from metal_kernels.cpu.arrays import rows_float32, view
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
-from metal_kernels.dispatch import has_kernel, record
+from metal_kernels.dispatch import active_backend, has_kernel, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.hadamard import check_rotation, rotate
 from metal_kernels.layout import bits_of, groups, words
@@ -130,6 +132,16 @@ def matmul(x: mx.array, weight: Weight) -> mx.array:
             f"{weight.shape[1]}"
         )
     return weight.times(x)
+
+
+def split(y: mx.array, ends: Sequence[int]) -> list[mx.array]:
+    """The parts of y's last axis between `ends`, as `mx.split` gives them.
+
+    On a CPU they are copied at once: evaluating a slice later costs more than copying it now.
+    """
+    if active_backend() != "cpu" or y.dtype == mx.bfloat16:
+        return mx.split(y, list(ends), axis=-1)
+    return [mx.array(part) for part in np.split(view(y), list(ends), axis=-1)]
 
 
 def _back(rows: NDArray[np.float32], x: mx.array) -> mx.array:

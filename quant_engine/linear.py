@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import AffineWeight, DenseWeight, PackedWeight, Weight, matmul
+from metal_kernels import AffineWeight, DenseWeight, PackedWeight, Weight, matmul, split
 from quant_engine import residual, rotation
 from quant_engine.quantizer import QuantizedWeight
 
@@ -113,12 +113,16 @@ class SharedInput:
     def take(self, x: mx.array, part: int) -> mx.array:
         """The output rows of layer `part` for input x."""
         if self._input is not x or part not in self._waiting:
-            self._waiting = dict(enumerate(mx.split(self._linear(x), self._ends, axis=-1)))
+            self._waiting = dict(enumerate(self._parts(self._linear(x))))
             self._input = x
         y = self._waiting.pop(part)
         if not self._waiting:
             self._input = None
         return y
+
+    def _parts(self, y: mx.array) -> list[mx.array]:
+        lazy = "bias" in self._linear  # the sum is not computed yet, and is best left to be
+        return mx.split(y, self._ends, axis=-1) if lazy else split(y, self._ends)
 
 
 class Branch(nn.Module):

@@ -106,10 +106,27 @@ def _few(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float
             *common,
         )
     else:
-        _float_chunks(grouped, keys, values, *common)
+        _float_chunks(grouped, _whole(keys), _whole(values), *common)
     out = np.empty((batch, heads, grouped.shape[2], size), np.float32)
     _combine(partial, state, _sinks(seen.sinks, n_heads), rows_per_head, out)
     return out.reshape(batch, n_heads, rows_per_head, size)
+
+
+def _whole(tokens: Tokens) -> Array:
+    """Float tokens as a contiguous array, without a copy where they are the first ones of a cache's buffer.
+
+    The array may have room for more tokens than were given; only with a known layout do loops over it vectorise.
+    """
+    assert not isinstance(tokens, PackedTokens)
+    batch, heads, _, size = tokens.shape
+    per_batch, per_head, per_token, per_value = tokens.strides
+    room = per_head // per_token if per_token else 0
+    if per_value != 4 or per_token != 4 * size or per_head != room * per_token or (
+        batch > 1 and per_batch != heads * per_head
+    ):
+        return np.ascontiguousarray(tokens)
+    strides = (heads * per_head, per_head, 4 * size, 4)
+    return np.lib.stride_tricks.as_strided(tokens, (batch, heads, room, size), strides)
 
 
 def _sinks(sinks: Array | None, heads: int) -> Array:
