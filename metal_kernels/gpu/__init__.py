@@ -1,0 +1,1 @@
+"""Kernels for Metal and CUDA: what they need to know is checked and chosen here, the work is in `source/`."""

@@ -1,0 +1,101 @@
+"""Signs and blockwise Hadamard transforms on a GPU, and activations made ready for products with tiles."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from metal_kernels.errors import KernelError
+from metal_kernels.gpu.tiles import BLOCK_COLUMNS
+from metal_kernels.launch import Kernel
+from metal_kernels.layout import pack
+
+MOST_THREADS = 1024
+MOST_VALUES = 64
+"""Values that a thread holds in registers."""
+
+ROTATE = Kernel(
+    name="turboquant_rotate",
+    sources=("hadamard.metal",),
+    inputs=("x", "signs", "odd"),
+    outputs=("out", "scales"),
+    body="""
+  THREADGROUP_ARRAY(float, scratch, 2 * (THREADS + THREADS / 32));
+  THREADGROUP_ARRAY(float, matrix, ODD * ODD > 32 ? ODD * ODD : 32);
+  turboquant::rotate<ODD, POWER, THREADS, TRANSFORM, PARTS, SCALED, T, OUT>(
+      x, signs, odd, out, scales, scratch, matrix, WIDTH, PADDED, threadgroup_position_in_grid.x,
+      thread_index_in_threadgroup);
+""",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Rotated activations as halves (n * parts, padded) and the float32 factors (n or more) that restore them.
+
+    With two parts, of float32 activations, a row and the row of what its rounding lost follow each other.
+    """
+
+    halves: mx.array
+    scales: mx.array
+    n: int
+    parts: int
+
+
+def sign_bits(signs: mx.array | None, width: int) -> mx.array:
+    """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32 or more,)."""
+    bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
+    words = pack(bits[None], 1)[0]
+    return mx.contiguous(mx.pad(words, [(0, max(0, 8 - words.size))]))
+
+
+def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
+    """x (n, width) rotated, in its dtype; signs from `sign_bits`."""
+    n, width = x.shape
+    constants = _constants(x.dtype, width, block) | {"PARTS": 0, "SCALED": False, "PADDED": width, "OUT": x.dtype}
+    return _launch(x, signs, constants, ((n, width), x.dtype), 8)[0]
+
+
+def prepare(x: mx.array, signs: mx.array, block: int) -> Activations:
+    """Rotate x (n, width) and turn it into halves.
+
+    A row of bfloat16 or float32 is scaled by a power of two so that it neither overflows nor loses what matters to
+    underflow; float32 goes to two halves, 22 bits of its 24.
+    """
+    n, width = x.shape
+    parts, padded = 2 if x.dtype == mx.float32 else 1, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    constants = _constants(x.dtype, width, block) | {
+        "PARTS": parts, "SCALED": x.dtype != mx.float16, "PADDED": padded, "OUT": mx.float16,
+    }
+    halves, scales = _launch(x, signs, constants, ((n * parts, padded), mx.float16), max(n, 8))
+    return Activations(halves, scales, n, parts)
+
+
+def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool | mx.Dtype]:
+    """The kernel's compile-time values; block 1, no transform, goes in runs of what power of two divides the width."""
+    odd = block // (block & -block)
+    odd = 1 if odd == 1 else 4 * odd
+    power = block // odd if block > 1 else min(width & -width, MOST_THREADS)
+    threads = min(max(power, 32), MOST_THREADS)
+    if odd * max(1, power // threads) > MOST_VALUES:
+        raise KernelError(f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
+                          "use the reference backend")
+    return {"T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "TRANSFORM": block > 1, "WIDTH": width}
+
+
+def _launch(x: mx.array, signs: mx.array, constants: dict[str, int | bool | mx.Dtype],
+            out: tuple[tuple[int, int], mx.Dtype], n_scales: int) -> list[mx.array]:
+    odd, power, threads = (int(constants[name]) for name in ("ODD", "POWER", "THREADS"))  # pyright: ignore[reportArgumentType]
+    groups = x.shape[0] * x.shape[1] // (odd * power)
+    outputs = [out, ((n_scales,), mx.float32)]
+    return ROTATE.launch([x, signs, odd_factor(odd)], outputs, (groups, 1), threads, constants)
+
+
+@cache
+def odd_factor(odd: int) -> mx.array:
+    """The small Hadamard matrix (odd, odd) as MLX has it, unnormalised; zeros for 1, whose place it takes."""
+    if odd == 1:
+        return mx.zeros((8,))
+    matrix = mx.hadamard_transform(mx.eye(odd), scale=1.0)
+    mx.eval(matrix)
+    return matrix

@@ -1,0 +1,152 @@
+"""Weights laid out for a GPU: built once from the canonical layout; `source/codes.metal` describes the words."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels.errors import KernelError
+from metal_kernels.layout import bits_of, pack, unpack
+
+TILE_ROWS = 16
+BLOCK_COLUMNS = 256
+CODES_AT_ONCE = 1 << 24
+"""Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileWeight:
+    """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero.
+
+    codes uint32 (tiles, blocks, bits, 32 lanes, 4); scales float16 (tiles, blocks, 8, groups of a block, 2), or
+    (tiles, 1, 8, 1, 2) with one scale a row; table uint32 (8,), see `decoding_table`. group 0: one scale a row.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    table: mx.array
+    bits: int
+    group: int
+    rows: int
+    width: int
+
+    @property
+    def tiles(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def padded(self) -> int:
+        """The width in whole blocks, which activations must have too."""
+        return self.codes.shape[1] * BLOCK_COLUMNS
+
+
+def decoding_table(codebook: tuple[float, ...]) -> mx.array:
+    """What the kernels decode with, as float16 bits: two words of low bytes, two of high bytes, four of magnitudes.
+
+    Raises KernelError for a codebook that is not symmetric about zero, which the kernels' sign and magnitude need.
+    """
+    values = np.array(codebook, np.float16)
+    if not np.array_equal(values, -values[::-1]):
+        raise KernelError(
+            f"the GPU kernels need a codebook symmetric about zero, not {codebook}; use the reference "
+            "backend for this weight"
+        )
+    magnitudes = values[len(values) // 2 :]
+    by_code = magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes])
+    halves = np.resize(by_code, 8).view(np.uint16)
+    low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
+    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
+    return mx.array(np.concatenate(words))
+
+
+def arrange(packed: mx.array, scales: mx.array, codebook: tuple[float, ...]) -> TileWeight:
+    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in tiles."""
+    bits, rows = bits_of(codebook), packed.shape[0]
+    if bits not in (2, 3, 4):
+        raise KernelError(f"the GPU kernels take weights of 2, 3 or 4 bits, not {bits}; use the reference backend")
+    width = packed.shape[1] * 32 // bits
+    step = max(1, CODES_AT_ONCE // width // TILE_ROWS) * TILE_ROWS
+    parts: list[mx.array] = []
+    for first in range(0, rows, step):
+        parts.append(_tiles(packed[first : first + step], bits, width))
+        mx.eval(parts[-1])
+    codes = mx.contiguous(mx.concatenate(parts))
+    group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
+    tiled = mx.contiguous(_tile_scales(scales, group, codes.shape[1]))
+    table = decoding_table(codebook)
+    mx.eval(codes, tiled, table)
+    return TileWeight(codes, tiled, table, bits, group, rows, width)
+
+
+def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:
+    """The canonical packed codes and scales that `arrange` was given."""
+    tiles, blocks = weight.codes.shape[:2]
+    words = weight.codes.transpose(0, 1, 3, 2, 4).reshape(tiles, blocks, 32, 4, weight.bits)
+    codes = _by_column(_codes_of(words, weight.bits), weight.bits)
+    packed = pack(codes.reshape(tiles * TILE_ROWS, -1)[: weight.rows, : weight.width], weight.bits)
+    scales = weight.scales.transpose(0, 4, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)
+    groups = weight.width // weight.group if weight.group else 1
+    return packed, scales[: weight.rows, :groups]
+
+
+def _tiles(packed: mx.array, bits: int, width: int) -> mx.array:
+    codes = unpack(packed, bits, width)
+    rows, columns = -packed.shape[0] % TILE_ROWS, -width % BLOCK_COLUMNS
+    codes = mx.pad(codes, [(0, rows), (0, columns)], constant_values=1 << (bits - 1))
+    tiles, blocks = codes.shape[0] // TILE_ROWS, codes.shape[1] // BLOCK_COLUMNS
+    # Rows as (r, g), columns as (block, unit, p, t, s, h, e), see codes.metal.
+    axes = codes.reshape(tiles, 2, 8, blocks, 4, 2, 4, 2, 2, 2)
+    planes = axes.transpose(0, 3, 2, 6, 4, 5, 7, 8, 1, 9).reshape(tiles, blocks, 32, 4, 4, 8)
+    middle = 1 << (bits - 1)
+    signed = mx.where(planes < middle, 2 * middle - 1 - planes, planes - middle)
+    words = _words_of(signed, bits)
+    return words.reshape(tiles, blocks, 32, bits, 4).transpose(0, 1, 3, 2, 4)
+
+
+def _words_of(codes: mx.array, bits: int) -> mx.array:
+    """Codes (..., 4 planes, 8), sign bit on top, to words (..., bits)."""
+    nibble = mx.arange(8, dtype=mx.uint32) * 4
+    if bits == 2:
+        planes = (codes << nibble).sum(-1).astype(mx.uint32)
+        return mx.stack([planes[..., 0] | (planes[..., 1] << 2), planes[..., 2] | (planes[..., 3] << 2)], axis=-1)
+    low = ((codes & 7) << nibble).sum(-1).astype(mx.uint32)
+    last = low[..., 3]
+    words = [low[..., i] | (((last >> i) & 0x11111111) << 3) for i in range(3)]
+    if bits == 4:
+        words.append((((codes >> 3) & 1) << _sign_places()).sum((-2, -1)).astype(mx.uint32))
+    return mx.stack(words, axis=-1)
+
+
+def _codes_of(words: mx.array, bits: int) -> mx.array:
+    """The inverse of `_words_of`."""
+    nibble = mx.arange(8, dtype=mx.uint32) * 4
+    if bits == 2:
+        planes = mx.stack([words[..., q // 2] >> (2 * (q % 2)) for q in range(4)], axis=-1)
+        return (planes[..., None] >> nibble) & 3
+    last = (words[..., :3] >> 3) & 0x11111111
+    planes = [words[..., i] for i in range(3)] + [last[..., 0] | (last[..., 1] << 1) | (last[..., 2] << 2)]
+    codes = (mx.stack(planes, axis=-1)[..., None] >> nibble) & 7
+    if bits == 4:
+        codes = codes | (((words[..., 3, None, None] >> _sign_places()) & 1) << 3)
+    return codes
+
+
+def _sign_places() -> mx.array:
+    """Where the sign of nibble n of plane q lies in the word of signs, (4, 8)."""
+    q, n = mx.arange(4, dtype=mx.uint32)[:, None], mx.arange(8, dtype=mx.uint32)
+    return 8 * (n % 4) + 7 - 2 * q - n // 4
+
+
+def _by_column(planes: mx.array, bits: int) -> mx.array:
+    """Stored codes (tiles, blocks, 32, 4, 4, 8) as codebook indices (tiles, 16, columns)."""
+    middle = 1 << (bits - 1)
+    codes = mx.where(planes < middle, planes + middle, 2 * middle - 1 - planes)
+    tiles, blocks = planes.shape[:2]
+    axes = codes.reshape(tiles, blocks, 8, 4, 4, 2, 2, 2, 2, 2)
+    return axes.transpose(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(tiles, TILE_ROWS, -1)
+
+
+def _tile_scales(scales: mx.array, group: int, blocks: int) -> mx.array:
+    each, blocks = (BLOCK_COLUMNS // group, blocks) if group else (1, 1)
+    padded = mx.pad(scales, [(0, -scales.shape[0] % TILE_ROWS), (0, each * blocks - scales.shape[1])])
+    return padded.reshape(-1, 2, 8, blocks, each).transpose(0, 3, 2, 4, 1)

@@ -1,0 +1,134 @@
+// Packed codes and their decoding.
+//
+// A tile is 16 rows, a block 256 columns, a unit 64. Of each unit a lane (g = lane / 4, t = lane % 4) holds 32 codes
+// in BITS words: rows g and g + 8, columns 32p + 8t + 4s + 2h + e for p, s, h, e in {0, 1}. Plane q = 2p + s has
+// eight codes, nibble 4h + 2r + e of it for row g + 8r: as pairs of halves these are the four registers of a
+// 16 x 16 matrix that one step of a matrix unit takes. The codes of planes 0, 1 and 2 are the low three bits of the
+// nibbles of words 0, 1 and 2, plane 3 is their top bits; with 2 bits a word holds two planes. Of 4 bits, the word 3
+// has the signs. A code is a sign, its top bit, and the index of a magnitude.
+
+namespace turboquant {
+
+template <int BITS>
+struct Words {
+  uint at[4 * BITS];
+};
+
+template <int BITS>
+inline Words<BITS> load_words(Device<const uint> codes, uint block, uint lane) {
+  Words<BITS> words;
+  UNROLL
+  for (int j = 0; j < BITS; j++) {
+    uint4 four = load4_once(codes + ((block * BITS + j) * 32 + lane) * 4);
+    words.at[4 * j] = four.x;
+    words.at[4 * j + 1] = four.y;
+    words.at[4 * j + 2] = four.z;
+    words.at[4 * j + 3] = four.w;
+  }
+  return words;
+}
+
+// The eight codes of plane q of a unit, without 4-bit signs, one in each nibble.
+template <int BITS>
+inline uint plane(const thread Words<BITS>& words, int unit, int q) {
+  if (BITS == 2) {
+    return (words.at[2 * unit + q / 2] >> (2 * (q % 2))) & 0x33333333u;
+  }
+  uint first = words.at[BITS * unit], second = words.at[BITS * unit + 1];
+  uint third = words.at[BITS * unit + (BITS == 2 ? 0 : 2)];
+  if (q == 0) {
+    return first & 0x77777777u;
+  }
+  if (q == 1) {
+    return second & 0x77777777u;
+  }
+  if (q == 2) {
+    return third & 0x77777777u;
+  }
+  return ((first >> 3) & 0x11111111u) | ((second >> 2) & 0x22222222u) | ((third >> 1) & 0x44444444u);
+}
+
+// Halves' bits: the low and the high bytes of every code's value, and the magnitudes alone.
+struct Table {
+  uint low[2];
+  uint high[2];
+  uint magnitudes[4];
+};
+
+inline Table load_table(Device<const uint> table) {
+  Table loaded;
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    loaded.low[i] = table[i];
+    loaded.high[i] = table[2 + i];
+  }
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    loaded.magnitudes[i] = table[4 + i];
+  }
+  return loaded;
+}
+
+// The bits of the half of one code by selection, for machines without a byte permutation.
+template <int BITS>
+inline uint value_of(uint code, uint negative, const thread Table& table) {
+  uint pair = table.magnitudes[0];
+  if (BITS >= 3) {
+    pair = code & 2 ? table.magnitudes[1] : pair;
+  }
+  if (BITS == 4) {
+    uint upper = code & 2 ? table.magnitudes[3] : table.magnitudes[2];
+    pair = code & 4 ? upper : pair;
+  }
+  uint bits = code & 1 ? pair >> 16 : pair & 0xffffu;
+  return bits | (negative << 15);
+}
+
+template <int BITS>
+inline uint select_pair(uint codes, uint signs, int q, int register_index, const thread Table& table) {
+  uint pair = 0;
+  UNROLL
+  for (int e = 0; e < 2; e++) {
+    int nibble = 2 * register_index + e;
+    uint code = (codes >> (4 * nibble)) & 7u;
+    uint negative = BITS == 4 ? (signs >> (8 * (nibble % 4) + 7 - 2 * q - nibble / 4)) & 1u : code >> (BITS - 1);
+    pair |= value_of<BITS>(code, negative, table) << (16 * e);
+  }
+  return pair;
+}
+
+template <int BITS, bool NVIDIA>
+struct Decoder {
+  // Plane q of a unit as the four registers of a 16 x 16 matrix.
+  static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
+    uint codes = plane<BITS>(words, unit, q);
+    uint signs = BITS == 4 ? words.at[BITS * unit + BITS - 1] : 0;
+    return uint4{
+        select_pair<BITS>(codes, signs, q, 0, table), select_pair<BITS>(codes, signs, q, 1, table),
+        select_pair<BITS>(codes, signs, q, 2, table), select_pair<BITS>(codes, signs, q, 3, table)};
+  }
+};
+
+#ifdef NVIDIA_INSTRUCTIONS
+// Four codes at a time: their values' low bytes, their high bytes, and the two interleaved.
+template <int BITS>
+struct Decoder<BITS, true> {
+  static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
+    uint codes = plane<BITS>(words, unit, q);
+    uint low_first = byte_permute(table.low[0], table.low[1], codes);
+    uint high_first = byte_permute(table.high[0], table.high[1], codes);
+    uint low_second = byte_permute(table.low[0], table.low[1], codes >> 16);
+    uint high_second = byte_permute(table.high[0], table.high[1], codes >> 16);
+    if (BITS == 4) {
+      uint signs = words.at[BITS * unit + BITS - 1];
+      high_first ^= (signs << (2 * q)) & 0x80808080u;
+      high_second ^= (signs << (2 * q + 1)) & 0x80808080u;
+    }
+    return uint4{
+        byte_permute(low_first, high_first, 0x5140u), byte_permute(low_first, high_first, 0x7362u),
+        byte_permute(low_second, high_second, 0x5140u), byte_permute(low_second, high_second, 0x7362u)};
+  }
+};
+#endif
+
+} // namespace turboquant

@@ -1,0 +1,74 @@
+// The kernels' dialect in CUDA. NVIDIA_INSTRUCTIONS: byte permutation and the matrix units are there.
+#define NVIDIA_INSTRUCTIONS 1
+#define UNROLL _Pragma("unroll")
+#define THREADGROUP_ARRAY(type, name, size) __shared__ type name[size]
+#define thread
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_threadgroup threadIdx.x
+#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
+#define thread_index_in_simdgroup (threadIdx.x % 32)
+
+using uint = unsigned int;
+
+namespace turboquant {
+
+template <typename T>
+using Device = T*;
+template <typename T>
+using Shared = T*;
+
+__device__ inline void barrier() {
+  __syncthreads();
+}
+
+__device__ inline float shuffle_xor(float value, uint distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+__device__ inline uint4 load4(Device<const half> at) {
+  return __ldg(reinterpret_cast<const uint4*>(at));
+}
+
+// Read once: keep it out of the first cache, where activations live.
+__device__ inline uint4 load4_once(Device<const uint> at) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(at));
+  return value;
+}
+
+__device__ inline uint load_pair(Device<const half> at) {
+  return __ldg(reinterpret_cast<const uint*>(at));
+}
+
+__device__ inline float low(uint pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffffu)));
+}
+
+__device__ inline float high(uint pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+}
+
+__device__ inline uint float_bits(float value) {
+  return __float_as_uint(value);
+}
+
+__device__ inline float bits_float(uint bits) {
+  return __uint_as_float(bits);
+}
+
+__device__ inline uint byte_permute(uint a, uint b, uint selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// sums (16 x 8) += a (16 x 16) b (16 x 8), spread over a simdgroup as PTX's mma.m16n8k16 says.
+__device__ inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+} // namespace turboquant

@@ -1,0 +1,98 @@
+// The kernels' dialect on a processor, over an emulated GPU (emulator.h), with NVIDIA's instructions beside Metal's.
+// Pointers are classes: an address space left out does not compile, and every access is checked.
+#include "emulator.h"
+
+#define NVIDIA_INSTRUCTIONS 1
+#define UNROLL
+#define THREADGROUP_ARRAY(type, name, size) emulator::Shared<type> name = emulator::shared_array<type>(size)
+#define thread
+#define threadgroup_position_in_grid emulator::group_position()
+#define thread_index_in_threadgroup emulator::thread_index()
+#define simdgroup_index_in_threadgroup (emulator::thread_index() / 32)
+#define thread_index_in_simdgroup (emulator::thread_index() % 32)
+
+using uint = unsigned int;
+using half = _Float16;
+using bfloat16_t = emulator::bfloat16;
+using std::sqrt;
+
+struct uint4 {
+  uint x, y, z, w;
+};
+
+namespace turboquant {
+
+template <typename T>
+using Device = emulator::Device<T>;
+template <typename T>
+using Shared = emulator::Shared<T>;
+
+inline void barrier(int line = __builtin_LINE()) {
+  emulator::barrier(line);
+}
+
+inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()) {
+  uint lane = emulator::thread_index() % 32;
+  return emulator::exchange(value, line)[lane ^ distance];
+}
+
+inline uint4 load4(Device<const half> at) {
+  return at.as<uint4>();
+}
+
+inline uint4 load4_once(Device<const uint> at) {
+  return at.as<uint4>();
+}
+
+inline uint load_pair(Device<const half> at) {
+  return at.as<uint>();
+}
+
+inline float low(uint pair) {
+  return float(emulator::bits_as<half>(static_cast<unsigned short>(pair & 0xffffu)));
+}
+
+inline float high(uint pair) {
+  return float(emulator::bits_as<half>(static_cast<unsigned short>(pair >> 16)));
+}
+
+inline uint float_bits(float value) {
+  return emulator::bits_as<uint>(value);
+}
+
+inline float bits_float(uint bits) {
+  return emulator::bits_as<float>(bits);
+}
+
+// NVIDIA's prmt: each nibble of the selector takes one of eight bytes; its top bit would spread that byte's sign.
+inline uint byte_permute(uint a, uint b, uint selector) {
+  unsigned long long bytes = (static_cast<unsigned long long>(b) << 32) | a;
+  uint out = 0;
+  for (int i = 0; i < 4; i++) {
+    uint nibble = (selector >> (4 * i)) & 15u;
+    uint byte = static_cast<uint>(bytes >> (8 * (nibble & 7u))) & 255u;
+    out |= (nibble & 8u ? (byte & 128u ? 255u : 0u) : byte) << (8 * i);
+  }
+  return out;
+}
+
+// NVIDIA's mma.m16n8k16: register r of a has rows g + 8 (r % 2) and columns 2t + 8 (r / 2) and the next one.
+inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint b1, int line = __builtin_LINE()) {
+  struct Operands {
+    uint a[4], b[2];
+  };
+  const auto& all = emulator::exchange(Operands{{a.x, a.y, a.z, a.w}, {b0, b1}}, line);
+  uint lane = emulator::thread_index() % 32;
+  for (uint i = 0; i < 4; i++) {
+    uint row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    float sum = 0;
+    for (uint k = 0; k < 16; k++) {
+      uint w = all[4 * (row % 8) + k % 8 / 2].a[row / 8 + 2 * (k / 8)];
+      uint x = all[4 * column + k % 8 / 2].b[k / 8];
+      sum += (k % 2 ? high(w) : low(w)) * (k % 2 ? high(x) : low(x));
+    }
+    sums[i] += sum;
+  }
+}
+
+} // namespace turboquant

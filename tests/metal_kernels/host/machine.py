@@ -1,0 +1,122 @@
+"""Compiles kernels' Metal bodies with g++ and runs them on the emulated GPU of emulator.h."""
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_kernels.launch import Kernel, source_text
+
+HERE = Path(__file__).resolve().parent
+TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint32: "uint"}
+Constants = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel, as `Kernel.launch` gets it."""
+
+    inputs: Sequence[mx.array]
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]]
+    groups: tuple[int, int]
+    threads: int
+    constants: Constants
+
+
+@dataclass
+class Machine:
+    """Stands in for `Kernel.launch`: runs the program at once, or only notes what it would have to compile."""
+
+    folder: Path
+    edits: tuple[tuple[str, str], ...] = ()
+    variants: dict[str, list[tuple[Constants, tuple[mx.Dtype, ...]]]] = field(default_factory=dict)
+    programs: dict[str, Path] = field(default_factory=dict)
+    noting: bool = False
+
+    def launch(self, kernel: Kernel, call: Launch) -> list[mx.array]:
+        variant = (dict(call.constants), tuple([a.dtype for a in call.inputs] + [d for _, d in call.outputs]))
+        known = self.variants.setdefault(kernel.name, [])
+        if self.noting:
+            if variant not in known:
+                known.append(variant)
+            return [mx.zeros(shape, dtype) for shape, dtype in call.outputs]
+        if kernel.name not in self.programs:
+            self.programs[kernel.name] = self._build(kernel, known)
+        return self._run(self.programs[kernel.name], known.index(variant), call)
+
+    def _build(self, kernel: Kernel, variants: list[tuple[Constants, tuple[mx.Dtype, ...]]]) -> Path:
+        program = self.folder / kernel.name
+        text = kernel.header("host") + "".join(_variant(kernel, i, *v) for i, v in enumerate(variants))
+        for old, new in self.edits:
+            assert text.count(old) == 1, f"{text.count(old)} times in the source: {old}"
+            text = text.replace(old, new)
+        names = ", ".join(f"variant_{i}" for i in range(len(variants)))
+        text += f"int main() {{ return emulator::main({{{names}}}); }}\n"
+        program.with_suffix(".cpp").write_text(text)
+        flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
+                 "-Wvla", "-Wdouble-promotion", "-Wno-clobbered", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-variable",
+                 "-Werror", f"-I{HERE}"]
+        command = ["g++", *flags, str(program.with_suffix(".cpp")), "-o", str(program)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr[:4000]
+        return program
+
+    def _run(self, program: Path, variant: int, call: Launch) -> list[mx.array]:
+        poison = [np.full(int(np.prod(shape)) * dtype.size, 0xFF, np.uint8) for shape, dtype in call.outputs]
+        request = [struct.pack("6i", variant, *call.groups, call.threads, len(call.inputs),
+                               len(call.inputs) + len(call.outputs))]
+        for array in call.inputs:
+            request.append(_head(array.shape, array.dtype.size) + bytes(memoryview(mx.contiguous(array).view(mx.uint8))))
+        for (shape, dtype), filling in zip(call.outputs, poison, strict=True):
+            request.append(_head(shape, dtype.size) + filling.tobytes())
+        finished = subprocess.run([str(program)], input=b"".join(request), capture_output=True, check=False,
+                                  env={"ASAN_OPTIONS": "detect_stack_use_after_return=0"})
+        if finished.returncode:
+            raise EmulatorError(finished.stderr.decode())
+        answers, at = [], 0
+        for shape, dtype in call.outputs:
+            size = int(np.prod(shape)) * dtype.size
+            raw = mx.array(np.frombuffer(finished.stdout[at : at + size], np.uint8))
+            answers.append(raw.view(dtype).reshape(shape))
+            at += size
+        return answers
+
+
+class EmulatorError(AssertionError):
+    """The emulated GPU stopped; the text says at what."""
+
+
+def needs_compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on this machine")
+
+
+def _head(shape: Sequence[int], size: int) -> bytes:
+    return struct.pack(f"{len(shape) + 2}i", len(shape), *shape, size)
+
+
+def _variant(kernel: Kernel, index: int, constants: Constants, dtypes: Sequence[mx.Dtype]) -> str:
+    lines = [f"static void variant_{index}(emulator::Arguments& arguments) {{"]
+    for name, value in constants.items():
+        if isinstance(value, mx.Dtype):
+            lines.append(f"  using {name} = {TYPES[value]};")
+        elif isinstance(value, bool):
+            lines.append(f"  [[maybe_unused]] constexpr bool {name} = {str(value).lower()};")
+        else:
+            lines.append(f"  [[maybe_unused]] constexpr int {name} = {value};")
+    for i, name in enumerate((*kernel.inputs, *kernel.outputs)):
+        constant = "const " if i < len(kernel.inputs) else ""
+        lines.append(f"  auto {name} = arguments.at<{constant}{TYPES[dtypes[i]]}>({i});")
+        lines.append(f"  [[maybe_unused]] auto {name}_shape = arguments.shape({i});")
+    lines.append("  emulator::launch(arguments.groups, arguments.threads, [=] {" + kernel.body + "  });\n}\n")
+    return "\n".join(lines)
+
+
+__all__ = ["EmulatorError", "Launch", "Machine", "needs_compiler", "source_text"]
