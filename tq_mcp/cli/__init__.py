@@ -1,6 +1,7 @@
 """The command `tq-mcp`: parse, then import and run what the command needs, and nothing else."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,9 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         command = importlib.import_module(f"tq_mcp.cli.{arguments.module}")
-        return int(command.run(arguments))
+        code = int(command.run(arguments))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was left half-written.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        # Whoever read stdout, `head` say, has had enough; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -34,6 +34,8 @@ def run_command(
             result = work(services, report)
     except EXPECTED as error:
         return fail(describe(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return fail(f"The machine refused: {error}.")
     print_result(result, arguments.json, show)
