@@ -1,14 +1,19 @@
 """The model that was used last, kept in memory for the next call."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from quant_engine.config import CacheConfig
+from quant_engine.generate import generate
 from quant_engine.loader import load
 from quant_engine.progress import Progress, silent
+
+WARM_UP_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class _Held:
     key: tuple[str, int]
     model: nn.Module
     tokenizer: Any
+    warm: set[CacheConfig | None] = field(default_factory=set[CacheConfig | None])
 
 
 class LoadedModel:
@@ -32,6 +38,17 @@ class LoadedModel:
             model, tokenizer = load(ref, progress=progress)
             self._held = _Held(key, model, tokenizer)
         return self._held.model, self._held.tokenizer
+
+    def warm_up(self, prompt: str, caches: Sequence[CacheConfig | None]) -> None:
+        """Generate a little with each cache that this model was not used with yet, so that what is measured next
+        holds no compiling and no first touch of memory."""
+        if self._held is None:
+            return
+        for cache in caches:
+            if cache not in self._held.warm:
+                start = prompt.strip()[:WARM_UP_CHARACTERS]
+                generate(self._held.model, self._held.tokenizer, start, max_tokens=3, chat=False, cache=cache)
+                self._held.warm.add(cache)
 
     def forget(self) -> None:
         """Free the memory."""

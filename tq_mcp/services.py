@@ -1,5 +1,6 @@
 """What tools and commands do: the only place where the engine and the registry meet."""
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,8 @@ from tq_mcp.locate import Located, locate
 from tq_mcp.settings import Settings
 
 OnText = Callable[[str], None]
+
+_log = logging.getLogger(__name__)
 
 FULL_PRECISION = "full precision"
 
@@ -85,6 +88,7 @@ class Services:
         """Continue a prompt; the speed is recorded where the model is registered."""
         found = locate(self._registry, model)
         loaded, tokenizer = self._loaded.get(found.ref, progress)
+        self._loaded.warm_up(prompt, [cache])
         pieces = 0
 
         def on_piece(text: str) -> None:
@@ -160,6 +164,7 @@ class Services:
         """Continue a prompt with a full-precision cache and with each of `caches`; recorded where registered."""
         found = locate(self._registry, model)
         loaded, tokenizer = self._loaded.get(found.ref, progress)
+        self._loaded.warm_up(prompt, [None, *caches])
         report = compare_caches(
             loaded, tokenizer, prompt, max_tokens=max_tokens, caches=caches, chat=chat, progress=progress
         )
@@ -239,6 +244,8 @@ class Services:
 def open_services(settings: Settings) -> Generator[Services]:
     """Services on the registry of the home folder."""
     with open_registry(settings.home) as registry:
+        for found in registry.recovered:
+            _log.warning("%s was %s after a crash: %s", found.name, found.action, found.detail)
         yield Services(registry)
 
 

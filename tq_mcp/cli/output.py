@@ -41,10 +41,10 @@ def share(value: float | None) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """A table whose first `left` columns are words, the others numbers."""
+    """A table whose first `left` columns are words, as is one named "text"; the others are numbers."""
     made = Table(title=Text(title), title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
-        made.add_column(name, justify="left" if index < left else "right", overflow="fold")
+        made.add_column(name, justify="left" if index < left or name == "text" else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -61,5 +61,17 @@ def strict_tool(
     loose = tool.fn_metadata.arg_model
     strict = type(loose.__name__, (loose,), {"model_config": ConfigDict(extra="forbid"), "__doc__": None})
     tool.fn_metadata.arg_model = strict
-    tool.parameters = strict.model_json_schema(by_alias=True)
+    tool.parameters = _without_titles(strict.model_json_schema(by_alias=True))
+    tool.fn_metadata.output_schema = _without_titles(tool.fn_metadata.output_schema or {})
     return tool
+
+
+def _without_titles(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema without pydantic's titles, which repeat names in other words and fill an agent's context."""
+    return {key: _each(value) for key, value in schema.items() if not (key == "title" and isinstance(value, str))}
+
+
+def _each(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_titles(cast(dict[str, Any], value))
+    return [_each(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
