@@ -16,7 +16,8 @@ from tq_mcp import demo_model, schemas
 from tq_mcp.settings import HOME_VARIABLE, child_environment
 
 BITS = 3
-PROMPT = "The history of the city begins in the twelfth century, when"
+PROMPT = "In 1998 the band released its first album,"
+REPETITION_PENALTY = 1.2
 WINDOWS, WINDOW_TOKENS = 16, 256
 NEW_TOKENS = 40
 
@@ -67,7 +68,7 @@ class Demo:
         windows = {"seq_len": WINDOW_TOKENS, "num_samples": WINDOWS}
         evaluation = await self.call(schemas.Evaluation, "evaluate_ppl", model=made.name, **windows)
         prompt = {"model": made.name, "prompt": PROMPT, "max_tokens": NEW_TOKENS}
-        generation = await self.call(schemas.Generation, "generate", **prompt)
+        generation = await self.call(schemas.Generation, "generate", repetition_penalty=REPETITION_PENALTY, **prompt)
         caches = await self.call(schemas.CacheComparison, "compare_kv_cache", **prompt)
         models = await self.call(schemas.ModelList, "list_models")
         return Story(

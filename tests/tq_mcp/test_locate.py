@@ -15,7 +15,9 @@ def registry(home: Path) -> Iterator[Registry]:
         yield opened
 
 
-def test_a_registry_name_comes_first(registry: Registry, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_name_comes_first(
+    registry: Registry, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / NAME).mkdir()
     monkeypatch.chdir(tmp_path)
     found = locate(registry, NAME)

@@ -92,7 +92,9 @@ class TestConvert:
         assert left_behind(tmp_path / "empty") == []
         assert empty.list_models().total == 0
 
-    def test_a_failure_leaves_nothing_and_the_name_free(self, empty: Services, own_source: Path, tmp_path: Path) -> None:
+    def test_a_failure_leaves_nothing_and_the_name_free(
+        self, empty: Services, own_source: Path, tmp_path: Path
+    ) -> None:
         weights = own_source / "model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1000])
@@ -169,9 +171,7 @@ class TestEvaluate:
         ]  # fmt: skip
         assert services.list_models().models[0].ppl == report.rows[-1].ppl
 
-    def test_without_its_original_it_is_measured_alone_and_says_why(
-        self, empty: Services, own_source: Path
-    ) -> None:
+    def test_without_its_original_it_is_measured_alone_and_says_why(self, empty: Services, own_source: Path) -> None:
         empty.convert(str(own_source), recipe=QuantConfig(), name="orphan")
         shutil.rmtree(own_source)
         report = empty.evaluate("orphan", num_samples=1, seq_len=32)

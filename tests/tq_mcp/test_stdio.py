@@ -32,10 +32,9 @@ sys.exit(main(["serve", "--home", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("mode", ["auto", "legacy"])
-async def test_stray_output_does_not_reach_the_client(home: Path, mode: str) -> None:
+async def test_stray_output_does_not_reach_the_client(home: Path) -> None:
     server = StdioServerParameters(command=sys.executable, args=["-c", NOISY, str(home)], env=child_environment())
-    async with Client(server, mode=mode) as client:
+    async with Client(server) as client:
         listed = await structured(client, "list_models")
         assert [model["name"] for model in listed["models"]] == [NAME]
 

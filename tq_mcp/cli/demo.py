@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tq_mcp import schemas
 from tq_mcp.cli import output
-from tq_mcp.cli.run import fail, print_result
+from tq_mcp.cli.output import fail, print_result
 from tq_mcp.demo import PROMPT, DemoError, Story, run_demo
 
 
@@ -60,7 +60,7 @@ def table(story: Story, seconds: float, home: Path | None) -> RenderableType:
         Text(f"  {PROMPT} {output.one_line(generated.text, 200)}", style="italic"),
         *(Text(_cache_sentence(row)) for row in story.caches.rows[2:3]),
         Text(f"Registered: {listed}" + (f" in {home}." if home else " (in a temporary home, gone now).")),
-        Text(f"Seven tools of one MCP server, {seconds:.0f} seconds. Connect an agent: tq-mcp serve --help"),
+        Text(f"Six tools, called as an agent would, in {seconds:.0f} seconds. To connect one: tq-mcp serve --help"),
     )
 
 

@@ -10,8 +10,5 @@ from tq_mcp.settings import Settings
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 where something is missing."""
     found = diagnose(Settings.read(arguments.home))
-    if arguments.json:
-        print(found.model_dump_json(indent=2))
-    else:
-        output.console().print(output.diagnosis(found))
+    output.print_result(found, arguments.json, output.diagnosis)
     return 1 if found.problems else 0

@@ -1,17 +1,37 @@
-"""Tables that people read on stdout."""
+"""What people and programs read: tables or JSON on stdout, failures on stderr."""
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+from pydantic import BaseModel
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tq_mcp import schemas
+from tq_mcp.untrusted import clean
 
 PIPED_WIDTH = 160
-FULL = "full precision"
+FAILED = 1
+
+R = TypeVar("R", bound=BaseModel)
+Show = Callable[[R], RenderableType]
+
+
+def print_result(result: R, as_json: bool, show: Show[R] | None = None) -> None:
+    """JSON where asked for, otherwise what `show` makes of the result."""
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    elif show is not None:
+        console().print(show(result))
+
+
+def fail(message: str) -> int:
+    """One paragraph on stderr; returns the exit code."""
+    print(f"tq-mcp: {clean(message)}", file=sys.stderr)
+    return FAILED
 
 
 def console() -> Console:

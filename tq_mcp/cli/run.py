@@ -1,4 +1,4 @@
-"""What all commands share: open services, show progress on stderr, print results, turn failures into exit codes."""
+"""What commands that use the services share: opening them, progress on stderr, failures as exit codes."""
 
 import argparse
 import sys
@@ -7,21 +7,17 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metal_kernels import announce_compilation
 from quant_engine.progress import Progress as Report
-from tq_mcp.cli.output import console
+from tq_mcp.cli.output import Show, fail, print_result
 from tq_mcp.errors import EXPECTED, describe
 from tq_mcp.services import Services, open_services
 from tq_mcp.settings import Settings
-from tq_mcp.untrusted import clean
-
-FAILED = 1
 
 R = TypeVar("R", bound=BaseModel)
-Show = Callable[[R], RenderableType]
 
 
 def run_command(
@@ -40,19 +36,6 @@ def run_command(
         return fail(f"The machine refused: {error}.")
     print_result(result, arguments.json, show)
     return 0
-
-
-def print_result(result: R, as_json: bool, show: Show[R] | None = None) -> None:
-    if as_json:
-        print(result.model_dump_json(indent=2))
-    elif show is not None:
-        console().print(show(result))
-
-
-def fail(message: str) -> int:
-    """One paragraph on stderr."""
-    print(f"tq-mcp: {clean(message)}", file=sys.stderr)
-    return FAILED
 
 
 @contextmanager
