@@ -33,5 +33,6 @@ def explain(error: Exception) -> str:
 def describe(error: Exception) -> str:
     """An expected failure in one paragraph that ends with a full stop."""
     text = str(error).strip()
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "?", "!", ")")) else f"{text}."
+    if text.partition(" ")[0].isalpha():
+        text = text[0].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else f"{text}."

@@ -25,6 +25,11 @@ def test_an_agent_is_told_what_to_call_next(error: Exception, tool: str) -> None
 def test_every_expected_failure_reads_as_a_sentence() -> None:
     assert describe(RecipeError("bits is 9; choose 2")) == "Bits is 9; choose 2."
     assert describe(RegistryError("It is taken.")) == "It is taken."
+    assert describe(SourceError("no model (did you mean a?)")) == "No model (did you mean a?)."
+
+
+def test_names_of_tensors_keep_their_spelling() -> None:
+    assert describe(RecipeError("model.layers.0: too wide")) == "model.layers.0: too wide."
 
 
 def test_failures_of_all_packages_are_expected() -> None:
