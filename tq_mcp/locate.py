@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant_engine.errors import SourceError
+from quant_engine.errors import InputError, SourceError
 from quant_engine.source import is_repository
 from registry import Model, Registry, RegistryError
 
@@ -22,16 +22,31 @@ class Located:
         return str(self.ref)
 
 
-def locate(registry: Registry, ref: str) -> Located:
+def locate(registry: Registry, ref: str, revision: str | None = None) -> Located:
     """Find a model by registry name or alias first, then folder, then repository ("owner/name").
 
-    Raises SourceError, naming similar registered models, for what can be none of these.
+    Raises SourceError, naming similar registered models, for what can be none of these, and InputError for a
+    revision of what is no repository.
     """
-    folder = Path(ref).expanduser()
+    found = _locate(registry, ref)
+    if revision is not None and isinstance(found.ref, Path):
+        raise InputError(
+            f"revision is {revision!r}, and {found.ref} is a folder, which has none; leave revision out, or give a "
+            "repository as owner/name"
+        )
+    return found
+
+
+def _locate(registry: Registry, ref: str) -> Located:
+    try:
+        folder = Path(ref).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a home of nobody, a folder that may not be read
+        raise SourceError(f"{ref!r} cannot be a folder ({getattr(error, 'strerror', None) or error})") from error
     is_plain = "/" not in ref and "\\" not in ref and not ref.startswith(("~", "."))
     if is_plain and (model := registry.find(ref)):
         return Located(model.path, model.name, model)
-    if folder.exists():
+    if exists:
         return Located(folder.resolve(), folder.resolve().name, _registered(registry, folder.resolve()))
     if is_plain:
         raise SourceError(

@@ -3,6 +3,7 @@
 A tool's structured result and the same command's `--json` are one of these, so they never differ.
 """
 
+import operator
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -86,7 +87,9 @@ class Evaluation(Result):
     num_samples: int
     tokens: int = Field(description="scored for each row")
     rows: list[EvaluationRow]
-    notes: list[str] = Field(default_factory=list[str], description="what was left out, and why")
+    notes: list[str] = Field(
+        default_factory=list[str], exclude_if=operator.not_, description="what was left out, and why; absent if nothing"
+    )
 
 
 class CacheRow(Result):

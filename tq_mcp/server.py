@@ -1,5 +1,6 @@
 """The MCP server: tools, instructions, and what lives as long as it runs."""
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,8 @@ Models are named by registry name, folder path, or Hugging Face repository (owne
 time and reports progress; cancelling a conversion leaves nothing behind. Errors say what to do next."""
 
 
-def create_server(settings: Settings) -> MCPServer[State]:
-    """The server on a home folder; `run("stdio")` serves it. It opens the registry when it starts."""
+def build_server(settings: Settings) -> MCPServer[State]:
+    """The server on a home folder; `serve` runs it. It opens the registry when it starts."""
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[State]) -> AsyncGenerator[State]:
@@ -48,6 +49,13 @@ def create_server(settings: Settings) -> MCPServer[State]:
         lifespan=lifespan,
         log_level="WARNING",
     )
+
+
+def serve(settings: Settings) -> None:
+    """Serve over stdio until the client goes. Logs go to stderr; the SDK keeps stray output off stdout, which
+    belongs to the protocol."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    build_server(settings).run("stdio")
 
 
 def package_version() -> str:

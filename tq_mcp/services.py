@@ -55,7 +55,7 @@ class Services:
         progress: Progress = silent,
     ) -> schemas.Conversion:
         """Convert and register a model, both or neither; `output` None puts it under the models folder."""
-        origin = locate(self._registry, model)
+        origin = locate(self._registry, model, revision)
         chosen = name or (output.name if output else records.default_name(origin, *_named(recipe)))
         self._registry.require_free(chosen, output)
         self._loaded.forget()
@@ -129,7 +129,7 @@ class Services:
     ) -> schemas.Evaluation:
         """Measure a float model and what each of `bits` would cost it, or a registered model as it is beside the
         float model that it was made from. Rows of a registered model are recorded."""
-        found = locate(self._registry, model)
+        found = locate(self._registry, model, revision)
         used = load_text(text)
         self._loaded.forget()
         original, notes = self._original(found, progress)
@@ -186,7 +186,7 @@ class Services:
         progress: Progress = silent,
     ) -> schemas.Plan:
         """What converting would give, from headers only."""
-        origin = locate(self._registry, model)
+        origin = locate(self._registry, model, revision)
         found = plan_sizes(
             origin.ref,
             bits=bits,

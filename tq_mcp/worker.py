@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event
-from typing import TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 import anyio
 
@@ -14,6 +16,7 @@ from quant_engine.progress import Progress
 T = TypeVar("T")
 Report = Callable[[float, float, str], Awaitable[None]]
 """Told progress so far, the total, and a message; progress only ever grows."""
+Piece = tuple["Future[Any]", Callable[[], Any]]
 
 INTERVAL_S = 0.1
 NUDGE = 1e-6
@@ -28,20 +31,24 @@ class Worker:
     """One thread for all work on models.
 
     MLX ties its streams, and so the arrays of a loaded model, to the thread that made them; and the CPU kernels
-    take all processors already. So pieces of work queue up.
+    take all processors already. So pieces of work queue up. The thread is never ended, only left idle: when a
+    thread ends, MLX frees what it kept for it with the interpreter's lock, and that aborts a process whose
+    interpreter is closing down.
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="models")
+        self._queue: SimpleQueue[Piece] = SimpleQueue()
+        self._closed = False
+        Thread(target=_work_through, args=(self._queue,), name="models", daemon=True).start()
 
     async def run(self, work: Callable[[Progress], T], report: Report) -> T:
         """Run `work` with a progress callback and return its result.
 
         Where the caller is cancelled, the callback raises Cancelled the next time it is called, and `run` ends
-        when the work has cleaned up.
+        when the work has cleaned up. Raises RuntimeError once closed.
         """
         ticker = Ticker()
-        future = self._executor.submit(_announced, work, ticker)
+        future = self._submit(lambda: _announced(work, ticker))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_forward, ticker, report)
             await _settled(future, ticker)
@@ -50,8 +57,31 @@ class Worker:
         return future.result()
 
     def close(self) -> None:
-        """Wait for work at hand to end."""
-        self._executor.shutdown(cancel_futures=True)
+        """Drop what waits, and wait for work at hand to end."""
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()[0].cancel()
+        at_hand = self._submit(lambda: None)
+        self._closed = True
+        at_hand.result()
+
+    def _submit(self, work: Callable[[], T]) -> "Future[T]":
+        if self._closed:
+            raise RuntimeError("the server is closing down")
+        future: Future[T] = Future()
+        self._queue.put((future, work))
+        return future
+
+
+def _work_through(queue: "SimpleQueue[Piece]") -> None:
+    while True:
+        future, work = queue.get()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+        del future, work  # or an idle thread would hold a result's memory
 
 
 class Ticker:

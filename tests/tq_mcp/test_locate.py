@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from quant_engine.errors import SourceError
+from quant_engine.errors import InputError, SourceError
 from registry import Registry, open_registry
 from tests.tq_mcp.conftest import NAME
 from tq_mcp.locate import locate
@@ -55,3 +55,15 @@ def test_a_path_that_is_missing_is_left_to_the_engine_to_explain(registry: Regis
 def test_an_unknown_name_is_answered_with_the_nearest(registry: Registry) -> None:
     with pytest.raises(SourceError, match=rf"(?s)smal.*Nearest: {NAME}.*owner/name"):
         locate(registry, "smal")
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/model", "/" + "x" * 300])
+def test_what_cannot_be_a_path_is_explained(registry: Registry, path: str) -> None:
+    with pytest.raises(SourceError, match="cannot be a folder"):
+        locate(registry, path)
+
+
+def test_a_revision_belongs_to_repositories_only(registry: Registry) -> None:
+    assert locate(registry, "owner/name", "main").ref == "owner/name"
+    with pytest.raises(InputError, match="revision is 'main'"):
+        locate(registry, NAME, "main")

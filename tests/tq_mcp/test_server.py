@@ -14,7 +14,7 @@ import tq_mcp.worker
 from quant_engine.errors import RecipeError
 from tests.tq_mcp.conftest import NAME, error, structured
 from tq_mcp import schemas
-from tq_mcp.server import INSTRUCTIONS, create_server
+from tq_mcp.server import INSTRUCTIONS, build_server
 from tq_mcp.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +33,7 @@ PROMPT = "The history of the city begins in"
 
 @pytest.fixture(params=["auto", "legacy"])
 async def client(request: pytest.FixtureRequest, home: Path) -> AsyncIterator[Client]:
-    async with Client(create_server(Settings(home)), mode=request.param) as connected:
+    async with Client(build_server(Settings(home)), mode=request.param) as connected:
         yield connected
 
 

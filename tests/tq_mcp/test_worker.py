@@ -95,11 +95,35 @@ async def test_cancelled_work_that_has_not_begun_never_does() -> None:
     assert ran == []
 
 
-async def test_close_lets_go_of_what_waits() -> None:
+async def test_a_closed_worker_takes_no_more() -> None:
     worker = Worker()
     worker.close()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="closing down"):
         await worker.run(lambda progress: None, recorder([]))
+
+
+def test_close_drops_what_waits_and_lets_work_at_hand_end() -> None:
+    worker, started, release, ran = Worker(), threading.Event(), threading.Event(), []
+
+    def at_hand() -> None:
+        started.set()
+        release.wait(10)
+        ran.append("at hand")
+
+    worker._submit(at_hand)
+    waiting = worker._submit(lambda: ran.append("waiting"))
+    started.wait(10)
+    waiting.add_done_callback(lambda _: release.set())
+    worker.close()
+    assert waiting.cancelled() and ran == ["at hand"]
+
+
+def test_the_thread_outlives_its_worker_so_that_a_process_ends_in_peace() -> None:
+    before = set(threading.enumerate())
+    worker = Worker()
+    (thread,) = set(threading.enumerate()) - before
+    worker.close()
+    assert thread.is_alive() and thread.daemon
 
 
 class TestTicker:
