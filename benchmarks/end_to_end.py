@@ -60,10 +60,7 @@ def mlx_lm_affine(path: Path, bits: int = 4) -> tuple[nn.Module, Any]:
 
 def speed_of_mlx_lm(model: nn.Module, tokenizer: Any, prompt: list[int], tokens: int) -> tuple[float, float]:
     """Prompt and generated tokens a second of mlx-lm's own generation."""
-    last = None
-    for last in stream_generate(model, tokenizer, prompt, max_tokens=tokens):
-        pass
-    assert last is not None
+    last = list(stream_generate(model, tokenizer, prompt, max_tokens=tokens))[-1]
     return last.prompt_tps, last.generation_tps
 
 

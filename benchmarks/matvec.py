@@ -28,45 +28,33 @@ def measure(size: int, group_size: int = 64) -> list[dict[str, object]]:
     """Rows of method, bits, microseconds, and the ratio to affine at the same bits."""
     x = mx.random.normal((1, size))
     weight = mx.random.normal((size, size))
-    block, turn = choose_block(size, "auto"), mx.array(signs(size, 0))
     rows: list[dict[str, object]] = []
     for bits in (2, 3, 4):
-        packed, scales = metal_kernels.quantize(weight, lloyd_max(bits), group_size)
-        ours = [metal_kernels.PackedWeight(packed + 0, scales, lloyd_max(bits), turn, block) for _ in range(COPIES)]
-        theirs = [mx.quantize(weight, group_size=group_size, bits=bits) for _ in range(COPIES)]
-        words = [np.array(packed + 0) for _ in range(COPIES)]
-        mx.eval(x, theirs)
-        affine = turns(lambda i: mx.eval(mx.quantized_matmul(x, *theirs[i], group_size=group_size, bits=bits)))
-        metal_kernels.reset_paths()
-        turbo = turns(lambda i: mx.eval(metal_kernels.matmul(x, ours[i])))
-        read = turns(lambda i: words[i].sum(dtype=np.uint32))
-        rows += [
-            {
-                "size": size,
-                "bits": bits,
-                "method": "mx.quantized_matmul",
-                "us": affine,
-                "times_affine": 1.0,
-                "path": "mlx",
-            },
-            {
-                "size": size,
-                "bits": bits,
-                "method": "turboquant",
-                "us": turbo,
-                "times_affine": affine / turbo,
-                "path": metal_kernels.kernel_path(),
-            },
-            {
-                "size": size,
-                "bits": bits,
-                "method": "numpy sum of the packed words, 1 thread",
-                "us": read,
-                "times_affine": affine / read,
-                "path": "numpy",
-            },
-        ]
+        affine, turbo, read = _times(x, weight, bits, group_size)
+        path = metal_kernels.kernel_path()
+        for method, us, ran in (
+            ("mx.quantized_matmul", affine, "mlx"),
+            ("turboquant", turbo, path),
+            ("numpy sum of the packed words, 1 thread", read, "numpy"),
+        ):
+            row = {"size": size, "bits": bits, "method": method, "us": us, "times_affine": affine / us, "path": ran}
+            rows.append(row)
     return rows
+
+
+def _times(x: mx.array, weight: mx.array, bits: int, group_size: int) -> tuple[float, float, float]:
+    """Microseconds of affine, of TurboQuant, and of summing the packed words."""
+    size = x.shape[1]
+    block, turn = choose_block(size, "auto"), mx.array(signs(size, 0))
+    packed, scales = metal_kernels.quantize(weight, lloyd_max(bits), group_size)
+    ours = [metal_kernels.PackedWeight(packed + 0, scales, lloyd_max(bits), turn, block) for _ in range(COPIES)]
+    theirs = [mx.quantize(weight, group_size=group_size, bits=bits) for _ in range(COPIES)]
+    words = [np.array(packed + 0) for _ in range(COPIES)]
+    mx.eval(x, theirs)
+    affine = turns(lambda i: mx.eval(mx.quantized_matmul(x, *theirs[i], group_size=group_size, bits=bits)))
+    metal_kernels.reset_paths()
+    turbo = turns(lambda i: mx.eval(metal_kernels.matmul(x, ours[i])))
+    return affine, turbo, turns(lambda i: words[i].sum(dtype=np.uint32))
 
 
 def main() -> None:

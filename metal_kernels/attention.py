@@ -7,9 +7,10 @@ import numpy as np
 
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32, view
-from metal_kernels.cpu.attention import PackedTokens, Visibility, attend
+from metal_kernels.cpu.attention import attend
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.pack_cache import pack_rows
+from metal_kernels.cpu.tokens import PackedTokens, Visibility
 from metal_kernels.dispatch import has_kernel
 from metal_kernels.errors import ShapeError
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
@@ -105,11 +106,8 @@ def packed_attention(
     _check_heads(queries, keys[0].shape[1], key_code.size)
     if has_kernel("packed_attention"):
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
-        sides = [
-            PackedTokens(view(codes), view(scales), np.array(code.codebook, np.float32), code.size)
-            for (codes, scales), code in ((keys, key_code), (values, value_code))
-        ]
-        out = mx.array(attend(q.reshape(queries.shape), *sides, length, scale, _visibility(mask, sinks, length)))
+        k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)
+        out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, _visibility(mask, sinks, length)))
     else:
         q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
         held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
@@ -118,6 +116,10 @@ def packed_attention(
             q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks
         )
     return unrotate(out, value_code.signs, value_code.block).astype(queries.dtype)
+
+
+def _packed_tokens(held: tuple[mx.array, mx.array], code: CacheCode) -> PackedTokens:
+    return PackedTokens(view(held[0]), view(held[1]), np.array(code.codebook, np.float32), code.size)
 
 
 def _group(code: CacheCode) -> int:

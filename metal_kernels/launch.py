@@ -7,7 +7,7 @@ A kernel is a body, a few lines that call into the files of `source/`, which are
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx.core as mx
 from metal_kernels.errors import KernelError
 
 Dialect = Literal["metal", "cuda", "host"]
+SOURCE = Path(__file__).resolve().parent / "source"
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
 
@@ -30,8 +31,14 @@ class Kernel:
     body: str
 
     def header(self, dialect: Dialect) -> str:
-        """The dialect's prelude and the kernel's files."""
-        return "\n".join(source_text(name) for name in (f"prelude_{dialect}.h", *self.sources))
+        """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
+
+        MLX hashes the text at every launch, and that of these files takes it longer than some kernels run.
+        """
+        names = (f"prelude_{dialect}.h", *self.sources)
+        if dialect == "cuda":
+            return "".join(f'#include "{SOURCE / name}"\n' for name in names)
+        return "\n".join(source_text(name) for name in names)
 
     def launch(
         self,
@@ -58,8 +65,9 @@ class Kernel:
 
 @cache
 def source_text(name: str) -> str:
-    """The text of a file of `source/`."""
-    return files("metal_kernels").joinpath("source", name).read_text()
+    """The text of a file of `source/`, without comments and indentation."""
+    lines = (line.split("//")[0].strip() for line in (SOURCE / name).read_text().splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def _dialect() -> Dialect:

@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy as np
 from numpy.typing import NDArray
 
 from metal_kernels import reference
@@ -140,7 +139,7 @@ def split(y: mx.array, ends: Sequence[int]) -> list[mx.array]:
     On a CPU they are copied at once: evaluating a slice later costs more than copying it now.
     """
     if active_backend() != "cpu" or y.dtype == mx.bfloat16:
-        return mx.split(y, list(ends), axis=-1)
+        return y.split(tuple(ends), axis=-1)
     return [mx.array(part) for part in np.split(view(y), list(ends), axis=-1)]
 
 

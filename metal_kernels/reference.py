@@ -1,5 +1,6 @@
 """Every operation in plain MLX: the definition that the kernels are tested against."""
 
+import itertools
 import math
 
 import mlx.core as mx
@@ -45,7 +46,7 @@ def unrotate(x: mx.array, signs: mx.array | None, block: int) -> mx.array:
 def nearest(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
     """Index of the nearest codebook value (ascending) for each x; uint32. Ties take the lower index."""
     index = mx.zeros(x.shape, dtype=mx.uint32)
-    for low, high in zip(codebook, codebook[1:], strict=False):
+    for low, high in itertools.pairwise(codebook):
         index = index + (x > (low + high) / 2)
     return index
 
@@ -82,10 +83,7 @@ def quantize(
     bits = bits_of(codebook)
     rows, width = x.shape
     grouped = x.astype(mx.float32).reshape(rows, groups(width, group_size), -1)
-    if search:
-        exact = search_scales(grouped, codebook)
-    else:
-        exact = mx.sqrt(mx.square(grouped).mean(-1, keepdims=True))
+    exact = search_scales(grouped, codebook) if search else mx.sqrt(mx.square(grouped).mean(-1, keepdims=True))
     scales = mx.minimum(exact, 65504.0).astype(mx.float16)
     divisor = scales.astype(mx.float32)
     codes = nearest(grouped / mx.where(divisor > 0, divisor, 1.0), codebook)

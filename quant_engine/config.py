@@ -78,6 +78,11 @@ class CacheConfig(_Recipe):
     boundary_layers: int = 0
     seed: int = 0
 
+    @property
+    def title(self) -> str:
+        """The widths in words, for people."""
+        return f"{self.k_bits}-bit keys, {self.v_bits}-bit values"
+
     def __post_init__(self) -> None:
         _check("k_bits", self.k_bits, CACHE_BITS)
         _check("v_bits", self.v_bits, CACHE_BITS)

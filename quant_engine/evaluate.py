@@ -125,8 +125,8 @@ def evaluate(
 
 def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool) -> list[Recipe]:
     """The recipes of a float model's rows, in their order; raises RecipeError for what does not exist."""
-    wanted: dict[Method, bool] = {"affine": affine, "turboquant": True, "turboquant+qjl": qjl}
-    methods = [method for method, included in wanted.items() if included]
+    wanted: list[tuple[Method, bool]] = [("affine", affine), ("turboquant", True), ("turboquant+qjl", qjl)]
+    methods: list[Method] = [method for method, included in wanted if included]
     if affine and group_size not in (32, 64, 128):
         raise RecipeError(
             f"affine quantization has no group size {group_size}; choose 32, 64 or 128, or turn affine off"

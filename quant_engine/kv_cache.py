@@ -273,8 +273,8 @@ def convert_cache_to_turboquant(
     """A compressed copy of an mlx-lm prompt cache, empty or filled, for mlx-lm's or this project's generation.
 
     tq_bits sets k_bits and v_bits alike. Only layers with mlx-lm's plain `KVCache` are compressed, but for the
-    first and last `boundary_layers` of them; every other layer's cache is the given one. Raises RecipeError for bits and groups
-    that do not exist or do not fit the heads, InputError where no layer can be compressed.
+    first and last `boundary_layers` of them; every other layer's cache is the given one. Raises RecipeError
+    for bits and groups that do not exist or do not fit the heads, InputError where no layer can be compressed.
     """
     if tq_bits is not None:
         k_bits = v_bits = tq_bits
@@ -307,7 +307,7 @@ def load_cache(file: str | Path) -> list[Any]:
     try:
         loaded = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
         arrays, described = loaded
-        _, classes, scalars = cast(Any, tree_unflatten(list(described.items())))
+        _, classes, scalars = tree_unflatten(list(described.items()))
         values: dict[str, Any] = dict(arrays)
         for name, kind in scalars[1:]:
             values[name] = _READERS[kind](values[name])

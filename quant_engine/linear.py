@@ -122,7 +122,7 @@ class SharedInput:
 
     def _parts(self, y: mx.array) -> list[mx.array]:
         lazy = "bias" in self._linear  # the sum is not computed yet, and is best left to be
-        return mx.split(y, self._ends, axis=-1) if lazy else split(y, self._ends)
+        return y.split(tuple(self._ends), axis=-1) if lazy else split(y, self._ends)
 
 
 class Branch(nn.Module):

@@ -9,9 +9,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 import metal_kernels
-from metal_kernels import AffineWeight, PackedWeight
+from metal_kernels import AffineWeight
 from quant_engine import mlx_lm_adapter as adapter
-from quant_engine import residual, rotation
+from quant_engine import residual
 from quant_engine.errors import RecipeError
 from quant_engine.linear import (
     AffineLinear,
@@ -89,17 +89,19 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
         parts = [layers[path] for path in group]
         stacked = DenseLinear(
             mx.concatenate([p.weight for p in parts]),
-            _stack_biases([p.get("bias") for p in parts], [p.weight.shape[0] for p in parts]),
+            _stack_biases([adapter.bias_of(p) for p in parts], [p.weight.shape[0] for p in parts]),
         )
         replacements |= zip(group, branches(stacked, [p.weight.shape[0] for p in parts]), strict=True)
     for path, layer in layers.items():
         if path not in fused:
-            replacements[path] = DenseLinear(layer.weight, layer.get("bias"))
+            replacements[path] = DenseLinear(layer.weight, adapter.bias_of(layer))
     for path, module in adapter.linear_modules(model, (nn.QuantizedLinear,)).items():
         layer = cast(nn.QuantizedLinear, module)
         if layer.mode == "affine":
-            weight = AffineWeight(layer.weight, layer.scales, layer["biases"], layer.bits, layer.group_size)
-            replacements[path] = AffineLinear(weight, layer.get("bias"))
+            weight = AffineWeight(
+                layer.weight, layer.scales, cast(mx.array, layer["biases"]), layer.bits, layer.group_size
+            )
+            replacements[path] = AffineLinear(weight, adapter.bias_of(layer))
     for path, module in adapter.linear_modules(model, (nn.Embedding,)).items():
         replacements[path] = FastEmbedding(cast(nn.Embedding, module).weight, dtype)
     adapter.replace_modules(model, replacements)

@@ -76,6 +76,11 @@ def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Li
     return {path: module for path, module in reversed(named) if isinstance(module, kinds)}
 
 
+def bias_of(module: nn.Module) -> mx.array | None:
+    """A linear layer's bias, None where it has none."""
+    return cast(mx.array, module["bias"]) if "bias" in module else None
+
+
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put modules in the place of those at the given dotted paths."""
     model.update_modules(cast(dict[str, Any], tree_unflatten(list(modules.items()))))

@@ -28,9 +28,7 @@ def windows(tokenizer: Any, text: Text, seq_len: int, num_samples: int) -> NDArr
     sense and for a text too short for one window.
     """
     if seq_len < 2:
-        raise InputError(
-            f"seq_len is {seq_len}; a window needs at least 2 tokens, since its first is not scored"
-        )
+        raise InputError(f"seq_len is {seq_len}; a window needs at least 2 tokens, since its first is not scored")
     if num_samples < 1:
         raise InputError(f"num_samples is {num_samples}; at least 1 window is needed")
     tokens = tokenizer.encode(text.text, add_special_tokens=False, verbose=False)

@@ -26,16 +26,12 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool | None = None) -> list
 
 def _templated(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.has_chat_template:
-        raise InputError(
-            "the model has no chat template; leave chat off to have the prompt continued as plain text"
-        )
+        raise InputError("the model has no chat template; leave chat off to have the prompt continued as plain text")
     try:
         message = [{"role": "user", "content": prompt}]
         return list(tokenizer.apply_chat_template(message, add_generation_prompt=True))
     except Exception as error:  # a template is a program of the model's author and can raise anything
-        raise InputError(
-            f"the model's chat template fails: {error}; turn chat off to go without it"
-        ) from error
+        raise InputError(f"the model's chat template fails: {error}; turn chat off to go without it") from error
 
 
 def _plain(tokenizer: Any, prompt: str) -> list[int]:

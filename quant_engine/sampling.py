@@ -37,9 +37,7 @@ class Sampling:
         _check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or a number of tokens")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
-        _check(
-            "repetition_penalty", penalty, penalty is None or 0 < penalty < math.inf, "above 0, 1 for none"
-        )
+        _check("repetition_penalty", penalty, penalty is None or 0 < penalty < math.inf, "above 0, 1 for none")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
 
     def sampler(self, vocabulary: int) -> Sampler:

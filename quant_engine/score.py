@@ -32,9 +32,7 @@ def logits_array(logits: mx.array) -> NDArray[np.float32]:
     return cast(NDArray[np.float32], np.asarray(logits.astype(mx.float32)))
 
 
-def score(
-    logits: NDArray[np.float32], targets: NDArray[Any], reference: NDArray[np.float32] | None = None
-) -> Score:
+def score(logits: NDArray[np.float32], targets: NDArray[Any], reference: NDArray[np.float32] | None = None) -> Score:
     """Score logits (positions, vocabulary) against the next tokens (positions,) and a reference's logits.
 
     Log-sum-exp in float32, sums over positions in float64. Raises InputError where a number is not finite.

@@ -80,8 +80,7 @@ def _decode(content: bytes, name: str) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"text {name!r} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); "
-            "save it as UTF-8"
+            f"text {name!r} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); save it as UTF-8"
         ) from error
     if not text.strip():
         raise InputError(f"text {name!r} is empty; give a file with text to measure on")

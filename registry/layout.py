@@ -76,6 +76,5 @@ def absolute(path: Path) -> Path:
 def check_name(name: str, what: str) -> None:
     if not NAME.fullmatch(name):
         raise RegistryError(
-            f"{name!r} is not {what}. Use 1 to 96 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit."
+            f"{name!r} is not {what}. Use 1 to 96 letters, digits, '.', '_' and '-', beginning with a letter or digit."
         )

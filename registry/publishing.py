@@ -90,22 +90,16 @@ class Publisher:
         for stored, owner in session.execute(select(ModelRow.path, ModelRow.name)):
             place = self.layout.path(stored)
             if final.is_relative_to(place) or place.is_relative_to(final):
-                raise RegistryError(
-                    f"{final} overlaps {place}, where the model {owner!r} is. Choose another."
-                )
+                raise RegistryError(f"{final} overlaps {place}, where the model {owner!r} is. Choose another.")
 
-    def _insert(
-        self, record: ModelRecord, final: Path, staging: Path | None, files: Sequence[FileRecord]
-    ) -> int:
+    def _insert(self, record: ModelRecord, final: Path, staging: Path | None, files: Sequence[FileRecord]) -> int:
         row = to_model_row(record, self.layout.stored(final), self.layout.is_external(final), files)
         row.state = READY if staging is None else PUBLISHING
         row.staging_path = None if staging is None else self.layout.stored(staging)
         with self.database.writing(durable=True) as session:
             self.check_free(session, record.name, final)
             if staging is not None and os.path.lexists(final):
-                raise RegistryError(
-                    f"{final} exists already. Choose another name or folder, or move it away."
-                )
+                raise RegistryError(f"{final} exists already. Choose another name or folder, or move it away.")
             for parent in row.parents:
                 parent.parent_id = session.scalar(ready_id(parent.name))
             session.add(row)

@@ -52,9 +52,7 @@ def _fields() -> dict[str, Field]:
         "date": "created_at",
         "flag": "external",
     }
-    found = {
-        name: Field(kind, getattr(ModelRow, name)) for kind, names in kinds.items() for name in names.split()
-    }
+    found = {name: Field(kind, getattr(ModelRow, name)) for kind, names in kinds.items() for name in names.split()}
     measured = {name: Field("number", _latest(EvaluationRow, name)) for name in MEASURED}
     timed = {name: Field("number", _latest(SpeedRow, name)) for name in TIMED}
     return {**found, **measured, **timed, "tag": Field("tag", TagRow.tag.expression)}
@@ -91,9 +89,7 @@ def parse_filter(text: str) -> ColumnElement[bool]:
     name, operator, raw = match.groups()
     field = _field(name, FILTER_FIELDS, "filter")
     if operator not in OPERATORS[field.kind].split():
-        raise RegistryError(
-            f"{operator!r} does not go with {name} ({field.kind}); allowed: {OPERATORS[field.kind]}."
-        )
+        raise RegistryError(f"{operator!r} does not go with {name} ({field.kind}); allowed: {OPERATORS[field.kind]}.")
     return _condition(field, operator, _value(name, field.kind, raw))
 
 
@@ -121,9 +117,7 @@ def _condition(field: Field, operator: str, value: Value) -> ColumnElement[bool]
 
 def _field(name: str, allowed: Sequence[str], use: str) -> Field:
     if name not in allowed:
-        raise RegistryError(
-            f"There is no {use} field {name!r}.{_near(name, allowed)} All: {', '.join(allowed)}."
-        )
+        raise RegistryError(f"There is no {use} field {name!r}.{_near(name, allowed)} All: {', '.join(allowed)}.")
     return FIELDS[name]
 
 

@@ -132,9 +132,7 @@ class Registry:
             raise RegistryError(f"{staging} is not a folder: the model's finished files should be there.")
         checked = describe(source, progress or silent) if files is None else _checked_files(source, files)
         sync(source)
-        self._publisher.publish(
-            replace(record, created_at=record.created_at or now()), source, place, checked
-        )
+        self._publisher.publish(replace(record, created_at=record.created_at or now()), source, place, checked)
         return self.get(record.name)
 
     # Reading
@@ -271,12 +269,8 @@ class Registry:
         timed = select(func.max(SpeedRow.id)).where(SpeedRow.model_id.in_(ids)).group_by(SpeedRow.model_id)
         evaluations = session.scalars(select(EvaluationRow).where(EvaluationRow.id.in_(own)))
         latest = {row.model_id: row for row in evaluations}
-        speeds = {
-            row.model_id: row for row in session.scalars(select(SpeedRow).where(SpeedRow.id.in_(timed)))
-        }
-        return tuple(
-            to_model(row, self._layout.path(row.path), latest.get(row.id), speeds.get(row.id)) for row in rows
-        )
+        speeds = {row.model_id: row for row in session.scalars(select(SpeedRow).where(SpeedRow.id.in_(timed)))}
+        return tuple(to_model(row, self._layout.path(row.path), latest.get(row.id), speeds.get(row.id)) for row in rows)
 
     def _results(self, name: str, table: type[ResultRow], kind: type[AnyResult]) -> tuple[AnyResult, ...]:
         with self._database.reading() as session:

@@ -137,9 +137,7 @@ class LineageRow(Base):
 
     id: Mapped[Id]
     model_id: Mapped[ModelId]
-    parent_id: Mapped[int | None] = mapped_column(
-        Integer, ForeignKey("models.id", ondelete="SET NULL"), index=True
-    )
+    parent_id: Mapped[int | None] = mapped_column(Integer, ForeignKey("models.id", ondelete="SET NULL"), index=True)
     name: Mapped[LongText]
     relation: Mapped[str] = mapped_column(String(32))
 

@@ -215,7 +215,7 @@ for package in {packages}:
 
 SIDE_EFFECTS = """
 import logging, os, pathlib, signal, sys, threading, warnings
-import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.models.base, mlx_lm.models.cache, mlx_lm.utils
+import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.models.activations, mlx_lm.models.base, mlx_lm.models.cache, mlx_lm.utils
 
 def state():
     watched = [sys.modules[name] for name in THEIRS]
@@ -238,6 +238,9 @@ IMPORT
 after = state()
 for what in before:
     if before[what] != after[what]:
+        if isinstance(before[what], dict):
+            keys = {k for k in {**before[what], **after[what]} if before[what].get(k) != after[what].get(k)}
+            sys.exit(f"importing changed {what}: {sorted(keys)}"[:2000])
         sys.exit(f"importing changed {what}: {before[what]} -> {after[what]}"[:2000])
 """
 

@@ -251,7 +251,7 @@ def open_services(settings: Settings) -> Generator[Services]:
 
 def cache_name(cache: CacheConfig | None) -> str:
     """A cache in words."""
-    return FULL_PRECISION if cache is None else f"{cache.k_bits}-bit keys, {cache.v_bits}-bit values"
+    return FULL_PRECISION if cache is None else cache.title
 
 
 def cache_configs(

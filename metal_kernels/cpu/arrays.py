@@ -1,6 +1,6 @@
 """Zero-copy passage between MLX arrays and NumPy views."""
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 def view(x: mx.array) -> NDArray[Any]:
     """A NumPy view of x, evaluated first; bfloat16 comes as the uint16 of its bits. Writing to it writes to x."""
-    raw: NDArray[Any] = np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
-    return raw
+    return cast(NDArray[Any], np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False))
 
 
 def rows_float32(x: mx.array) -> NDArray[np.float32]:

@@ -4,49 +4,29 @@ Both keep a running maximum over chunks of tokens, so that neither all scores no
 held at once, and both read each key-value head once for all the query heads that share it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
+from metal_kernels.cpu.attention_tiles import attend_many
 from metal_kernels.cpu.exponential import exp_in_place
+from metal_kernels.cpu.tokens import (
+    MATH,
+    Array,
+    PackedTokens,
+    Tokens,
+    Visibility,
+    decode,
+    grouped_by_head,
+    half_table,
+    sinks_or_none,
+    sizes,
+)
 
-Array = NDArray[np.float32]
 FEW_ROWS = 8
 CHUNK = 256
 """Tokens that one task of the few-rows kernel takes."""
-TILE = 512
-"""Tokens of one product of the many-rows path."""
-ROWS_AT_ONCE = 1024
-_MATH = {"contract", "arcp", "nsz", "reassoc"}
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """Keys or values of a cache: codes uint32 (B, H, T, words), scales uint16 bits of float16 (B, H, T, groups).
-
-    table float32 of 2^bits values; `size` values in a token's head.
-    """
-
-    codes: NDArray[np.uint32]
-    scales: NDArray[np.float16]
-    table: Array
-    size: int
-
-
-Tokens = Array | PackedTokens
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """What a query row sees: a causal end, an additive bias (B, H, L, T), and a sink logit for each head."""
-
-    causal: bool
-    bias: Array | None
-    sinks: Array | None
 
 
 def attend(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float, seen: Visibility) -> Array:
@@ -54,27 +34,14 @@ def attend(queries: Array, keys: Tokens, values: Tokens, length: int, scale: flo
 
     queries (B, H, L, D). Rows that see nothing give zeros.
     """
-    path = _few if queries.shape[2] <= FEW_ROWS else _many
+    path = _few if queries.shape[2] <= FEW_ROWS else attend_many
     return path(queries, keys, values, length, scale, seen)
-
-
-def _sizes(tokens: Tokens) -> tuple[int, int]:
-    """(heads, size of a head)."""
-    if isinstance(tokens, PackedTokens):
-        return tokens.codes.shape[1], tokens.size
-    return tokens.shape[1], tokens.shape[3]
-
-
-def _grouped(queries: Array, heads: int) -> Array:
-    """Queries as (B, key-value heads, query heads of each * L, D), contiguous."""
-    batch, _, _, size = queries.shape
-    return np.ascontiguousarray(queries).reshape(batch, heads, -1, size)
 
 
 def _few(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float, seen: Visibility) -> Array:
     batch, n_heads, rows_per_head, _ = queries.shape
-    heads, size = _sizes(values)
-    grouped = _grouped(queries, heads)
+    heads, size = sizes(values)
+    grouped = grouped_by_head(queries, heads)
     chunks = -(-length // CHUNK)
     partial = np.empty((batch, heads, chunks, grouped.shape[2], size), np.float32)
     state = np.empty((batch, heads, chunks, grouped.shape[2], 2), np.float32)
@@ -102,13 +69,13 @@ def _few(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float
             values.codes,
             values.scales.view(np.uint16),
             values.table,
-            _half_table(),
+            half_table(),
             *common,
         )
     else:
         _float_chunks(grouped, _whole(keys), _whole(values), *common)
     out = np.empty((batch, heads, grouped.shape[2], size), np.float32)
-    _combine(partial, state, _sinks(seen.sinks, n_heads), rows_per_head, out)
+    _combine(partial, state, sinks_or_none(seen.sinks, n_heads), rows_per_head, out)
     return out.reshape(batch, n_heads, rows_per_head, size)
 
 
@@ -121,29 +88,18 @@ def _whole(tokens: Tokens) -> Array:
     batch, heads, _, size = tokens.shape
     per_batch, per_head, per_token, per_value = tokens.strides
     room = per_head // per_token if per_token else 0
-    if per_value != 4 or per_token != 4 * size or per_head != room * per_token or (
-        batch > 1 and per_batch != heads * per_head
+    if (
+        per_value != 4
+        or per_token != 4 * size
+        or per_head != room * per_token
+        or (batch > 1 and per_batch != heads * per_head)
     ):
         return np.ascontiguousarray(tokens)
     strides = (heads * per_head, per_head, 4 * size, 4)
     return np.lib.stride_tricks.as_strided(tokens, (batch, heads, room, size), strides)
 
 
-def _sinks(sinks: Array | None, heads: int) -> Array:
-    return np.full(heads, -np.inf, np.float32) if sinks is None else sinks
-
-
-_HALVES: list[Array] = []
-
-
-def _half_table() -> Array:
-    """float32 of all 65,536 float16 bit patterns: numba has no float16."""
-    if not _HALVES:
-        _HALVES.append(np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32))
-    return _HALVES[0]
-
-
-@njit(cache=True, fastmath=_MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True)
 def _chunk(
     q: Any,
     k: Any,
@@ -275,8 +231,8 @@ def _packed_chunks(
         own = bias[b if biased else 0]
         keys = np.empty((last - first, q.shape[3]), np.float32)
         values = np.empty((last - first, partial.shape[4]), np.float32)
-        _decode(k[b, h, first:last], k_scales[b, h, first:last], k_table, halves, keys)
-        _decode(v[b, h, first:last], v_scales[b, h, first:last], v_table, halves, values)
+        decode(k[b, h, first:last], k_scales[b, h, first:last], k_table, halves, keys)
+        decode(v[b, h, first:last], v_scales[b, h, first:last], v_table, halves, values)
         _chunk(
             q[b, h],
             keys,
@@ -293,25 +249,6 @@ def _packed_chunks(
             scores,
             scratch,
         )
-
-
-@njit(cache=True, nogil=True)
-def _decode(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> None:
-    """Values (tokens, size), still rotated, of canonical codes (tokens, words) and scales (tokens, groups)."""
-    size, groups = out.shape[1], scales.shape[1]
-    bits, group = codes.shape[1] * 32 // size, size // groups
-    mask = np.uint32((1 << bits) - 1)
-    for t in range(out.shape[0]):
-        words, values = codes[t], out[t]
-        for g in range(groups):
-            scale = halves[scales[t, g]]
-            for i in range(g * group, (g + 1) * group):
-                bit = i * bits
-                word, shift = bit >> 5, bit & 31
-                code = words[word] >> np.uint32(shift)
-                if shift + bits > 32:
-                    code |= words[word + 1] << np.uint32(32 - shift)
-                values[i] = table[code & mask] * scale
 
 
 @njit(cache=True, nogil=True)
@@ -338,131 +275,3 @@ def _combine(partial: Any, state: Any, sinks: Any, per_head: Any, out: Any) -> N
                 if total > 0:
                     for d in range(size):
                         result[d] /= total
-
-
-def _many(queries: Array, keys: Tokens, values: Tokens, length: int, scale: float, seen: Visibility) -> Array:
-    batch, n_heads, per_head, _ = queries.shape
-    heads, size = _sizes(values)
-    grouped = _grouped(queries * np.float32(scale), heads)
-    out = np.empty((batch, heads, grouped.shape[2], size), np.float32)
-    sinks = _sinks(seen.sinks, n_heads)
-    bias = None if seen.bias is None else np.broadcast_to(seen.bias, (batch, n_heads, per_head, length))
-    for b in range(batch):
-        for h in range(heads):
-            read_keys, read_values = _reader(keys, b, h), _reader(values, b, h)
-            shared = grouped.shape[2] // per_head
-            own = None if bias is None else bias[b, h * shared : (h + 1) * shared]
-            _head(
-                grouped[b, h],
-                read_keys,
-                read_values,
-                length,
-                per_head,
-                seen.causal,
-                own,
-                sinks[h * shared : (h + 1) * shared],
-                out[b, h],
-            )
-    return out.reshape(batch, n_heads, per_head, size)
-
-
-def _reader(tokens: Tokens, b: int, h: int) -> Callable[[int, int], Array]:
-    """A function of (first, last) that gives those tokens of one head as float32 (tokens, size)."""
-    if not isinstance(tokens, PackedTokens):
-        return lambda first, last: tokens[b, h, first:last]
-    scratch = np.empty((TILE, tokens.size), np.float32)
-    scales = tokens.scales.view(np.uint16)
-
-    def read(first: int, last: int) -> Array:
-        tile = scratch[: last - first]
-        _decode_tile(tokens.codes[b, h, first:last], scales[b, h, first:last], tokens.table, _half_table(), tile)
-        return tile
-
-    return read
-
-
-@njit(cache=True, parallel=True, nogil=True)
-def _decode_tile(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> None:
-    for part in prange((out.shape[0] + 31) // 32):
-        first, last = 32 * part, min(out.shape[0], 32 * part + 32)
-        _decode(codes[first:last], scales[first:last], table, halves, out[first:last])
-
-
-def _head(
-    queries: Array,
-    read_keys: Callable[[int, int], Array],
-    read_values: Callable[[int, int], Array],
-    length: int,
-    per_head: int,
-    causal: bool,
-    bias: Array | None,
-    sinks: Array,
-    out: Array,
-) -> None:
-    """All query rows of one key-value head, tile by tile of tokens; queries are scaled already."""
-    rows = queries.shape[0]
-    state = np.empty((rows, 2), np.float32)
-    state[:, 0] = np.repeat(sinks, per_head)
-    state[:, 1] = np.isfinite(state[:, 0])
-    out[:] = 0.0
-    before = length - per_head
-    for first in range(0, length, TILE):
-        last = min(length, first + TILE)
-        keys, values = read_keys(first, last), read_values(first, last)
-        for start in range(0, rows, ROWS_AT_ONCE):
-            stop = min(rows, start + ROWS_AT_ONCE)
-            if causal and before + _last_position(start, stop, per_head) < first:
-                continue
-            scores = queries[start:stop] @ keys.T
-            if bias is not None:
-                scores += (
-                    bias.reshape(rows, -1)[start:stop, first:last]
-                    if bias.flags.c_contiguous
-                    else np.stack([bias[r // per_head, r % per_head, first:last] for r in range(start, stop)])
-                )
-            _weigh(scores, state[start:stop], out[start:stop], start, per_head, before + 1 - first, causal)
-            out[start:stop] += scores @ values
-    _normalise(out, state)
-
-
-def _last_position(start: int, stop: int, per_head: int) -> int:
-    """The greatest position within a head among rows start to stop."""
-    return per_head - 1 if start // per_head != (stop - 1) // per_head else (stop - 1) % per_head
-
-
-@njit(cache=True, parallel=True, fastmath=_MATH, nogil=True)
-def _weigh(scores: Any, state: Any, out: Any, start: Any, per_head: Any, visible: Any, causal: Any) -> None:
-    """Turn a tile's scores into weights under the running maximum, and rescale what was summed before."""
-    for i in prange(scores.shape[0]):
-        row, sums = scores[i], out[i]
-        seen = row.shape[0]
-        if causal:
-            seen = min(seen, max(0, visible + (start + i) % per_head))
-        before = state[i, 0]
-        top = before
-        for t in range(seen):
-            top = max(top, row[t])
-        row[seen:] = np.float32(0.0)
-        if top == np.float32(-np.inf):
-            row[:seen] = np.float32(0.0)
-            continue
-        for t in range(seen):
-            row[t] -= top
-        exp_in_place(row[:seen], np.empty(seen, np.int32))
-        total = np.float32(0.0)
-        for t in range(seen):
-            total += row[t]
-        kept = np.float32(np.exp(before - top)) if before > np.float32(-np.inf) else np.float32(0.0)
-        state[i, 0], state[i, 1] = top, state[i, 1] * kept + total
-        if kept != np.float32(1.0):
-            for d in range(sums.shape[0]):
-                sums[d] *= kept
-
-
-@njit(cache=True, nogil=True)
-def _normalise(out: Any, state: Any) -> None:
-    for i in range(out.shape[0]):
-        if state[i, 1] > 0:
-            inverse = np.float32(1.0) / state[i, 1]
-            for d in range(out.shape[1]):
-                out[i, d] *= inverse

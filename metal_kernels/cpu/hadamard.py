@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from metal_kernels.cpu.arrays import view
 from metal_kernels.cpu.vector import hadamard16
 
 Rows = NDArray[np.float32]
@@ -33,8 +34,7 @@ def odd_factor(block: int) -> Rows:
     odd = block // (block & -block)
     if odd == 1:
         return np.ones((1, 1), np.float32)
-    matrix: Rows = np.array(mx.hadamard_transform(mx.eye(4 * odd), scale=1.0))
-    return matrix
+    return view(mx.hadamard_transform(mx.eye(4 * odd), scale=1.0)).copy()
 
 
 @njit(cache=True, fastmath=True, nogil=True)

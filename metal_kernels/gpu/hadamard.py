@@ -65,7 +65,10 @@ def prepare(x: mx.array, signs: mx.array, block: int) -> Activations:
     n, width = x.shape
     parts, padded = 2 if x.dtype == mx.float32 else 1, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
     constants = _constants(x.dtype, width, block) | {
-        "PARTS": parts, "SCALED": x.dtype != mx.float16, "PADDED": padded, "OUT": mx.float16,
+        "PARTS": parts,
+        "SCALED": x.dtype != mx.float16,
+        "PADDED": padded,
+        "OUT": mx.float16,
     }
     halves, scales = _launch(x, signs, constants, ((n * parts, padded), mx.float16), max(n, 8))
     return Activations(halves, scales, n, parts)
@@ -78,13 +81,20 @@ def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool 
     power = block // odd if block > 1 else min(width & -width, MOST_THREADS)
     threads = min(max(power, 32), MOST_THREADS)
     if odd * max(1, power // threads) > MOST_VALUES:
-        raise KernelError(f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
-                          "use the reference backend")
+        raise KernelError(
+            f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
+            "use the reference backend"
+        )
     return {"T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "TRANSFORM": block > 1, "WIDTH": width}
 
 
-def _launch(x: mx.array, signs: mx.array, constants: dict[str, int | bool | mx.Dtype],
-            out: tuple[tuple[int, int], mx.Dtype], n_scales: int) -> list[mx.array]:
+def _launch(
+    x: mx.array,
+    signs: mx.array,
+    constants: dict[str, int | bool | mx.Dtype],
+    out: tuple[tuple[int, int], mx.Dtype],
+    n_scales: int,
+) -> list[mx.array]:
     odd, power, threads = (int(constants[name]) for name in ("ODD", "POWER", "THREADS"))  # pyright: ignore[reportArgumentType]
     groups = x.shape[0] * x.shape[1] // (odd * power)
     outputs = [out, ((n_scales,), mx.float32)]
@@ -96,6 +106,6 @@ def odd_factor(odd: int) -> mx.array:
     """The small Hadamard matrix (odd, odd) as MLX has it, unnormalised; zeros for 1, whose place it takes."""
     if odd == 1:
         return mx.zeros((8,))
-    matrix = mx.hadamard_transform(mx.eye(odd), scale=1.0)
+    matrix = mx.hadamard_transform(mx.eye(odd, stream=mx.cpu), scale=1.0, stream=mx.cpu)
     mx.eval(matrix)
     return matrix

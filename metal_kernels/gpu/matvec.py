@@ -32,6 +32,7 @@ class Split:
 
     tiles: int
     slices: int
+    columns: int = COLUMNS
 
 
 def choose_split(tiles: int, blocks: int) -> Split:
@@ -41,18 +42,28 @@ def choose_split(tiles: int, blocks: int) -> Split:
     return Split(1, min(8, max(1, blocks)))
 
 
-def constants(weight: TileWeight, x: Activations, split: Split, dialect: Dialect,
-              dtype: mx.Dtype) -> dict[str, int | bool | mx.Dtype]:
+def constants(
+    weight: TileWeight, x: Activations, split: Split, dialect: Dialect, dtype: mx.Dtype
+) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values."""
     nvidia = dialect == "cuda"
-    columns = COLUMNS if nvidia else min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
+    columns = split.columns if nvidia else min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
     return {
-        "BITS": weight.bits, "GROUP": weight.group, "TILES": split.tiles, "SLICES": split.slices, "PARTS": x.parts,
-        "COLUMNS": columns, "NVIDIA": nvidia, "SPARE": weight.tiles * TILE_ROWS - weight.rows, "T": dtype,
+        "BITS": weight.bits,
+        "GROUP": weight.group,
+        "TILES": split.tiles,
+        "SLICES": split.slices,
+        "PARTS": x.parts,
+        "COLUMNS": columns,
+        "NVIDIA": nvidia,
+        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "T": dtype,
     }
 
 
-def matvec(x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, split: Split | None = None) -> mx.array:
+def matvec(
+    x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, split: Split | None = None
+) -> mx.array:
     """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
     split = split or choose_split(weight.tiles, weight.codes.shape[1])
     values = constants(weight, x, split, dialect, dtype)

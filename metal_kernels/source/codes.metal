@@ -14,12 +14,13 @@ struct Words {
   uint at[4 * BITS];
 };
 
+// A lane's words of a block; `at` is where its first four lie, those of the lanes beside it follow.
 template <int BITS>
-inline Words<BITS> load_words(Device<const uint> codes, uint block, uint lane) {
+inline Words<BITS> load_words(Device<const uint> at) {
   Words<BITS> words;
   UNROLL
   for (int j = 0; j < BITS; j++) {
-    uint4 four = load4_once(codes + ((block * BITS + j) * 32 + lane) * 4);
+    uint4 four = load4_once(at + 128 * j);
     words.at[4 * j] = four.x;
     words.at[4 * j + 1] = four.y;
     words.at[4 * j + 2] = four.z;

@@ -1,24 +1,44 @@
-// Products of packed weights with up to eight columns of activations at a time.
+// Products of packed weights with COLUMNS columns of activations at a time, 64 at most.
 //
-// A threadgroup takes TILES tiles of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their
+// A threadgroup takes one or two tiles of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their
 // sums at the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
 // product is one such row; with PARTS = 2 two of them, high and low part, make one. Sums are float, and a group's
 // scale multiplies its sum.
 
 namespace turboquant {
 
-constexpr int BLOCK = 256;
+constexpr int COLUMNS_OF_BLOCK = 256;
+
+// Scales of a row of a block; GROUP 0: one for the whole row.
+constexpr int groups_of_block(int group) {
+  return group == 0 ? 1 : COLUMNS_OF_BLOCK / group;
+}
+
+// Where the rows of x that a lane reads begin; the last row stands in for those beyond it, whose results are dropped.
+template <int COLUMNS, bool NVIDIA>
+struct RowsOfLane {
+  static constexpr int EACH = NVIDIA ? COLUMNS / 8 : COLUMNS;
+  Device<const half> x;
+  uint offsets[EACH];
+
+  RowsOfLane(Device<const half> all, uint stride, uint first, uint end, uint lane) : x(all + 8 * (lane % 4)) {
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      uint row = first + (NVIDIA ? 8 * i + lane / 4 : i);
+      offsets[i] = (row < end ? row : end - 1) * stride;
+    }
+  }
+};
 
 template <int COLUMNS, bool NVIDIA>
 struct Activations {
   uint4 at[COLUMNS];
 
-  // Columns 32p + 8t to 32p + 8t + 7 of a unit for every row of x from `first` on; the last row stands in beyond it.
-  void load(Device<const half> x, uint stride, uint first, uint end, uint position, uint lane) {
+  // Columns 32p + 8t to 32p + 8t + 7 of a unit, `position` of them before it; rows as in RowsOfLane.
+  void load(const thread RowsOfLane<COLUMNS, NVIDIA>& rows, uint position) {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
-      uint row = first + i < end ? first + i : end - 1;
-      at[i] = load4(x + row * stride + position + 8 * (lane % 4));
+      at[i] = load4(rows.x + rows.offsets[i] + position);
     }
   }
 };
@@ -74,43 +94,47 @@ struct Sums {
 #ifdef NVIDIA_INSTRUCTIONS
 template <int COLUMNS>
 struct Activations<COLUMNS, true> {
-  uint4 at;
+  uint4 at[COLUMNS / 8];
 
-  void load(Device<const half> x, uint stride, uint first, uint end, uint position, uint lane) {
-    at = uint4{0, 0, 0, 0};
-    if (first + lane / 4 < end) {
-      at = load4(x + (first + lane / 4) * stride + position + 8 * (lane % 4));
+  void load(const thread RowsOfLane<COLUMNS, true>& rows, uint position) {
+    UNROLL
+    for (int i = 0; i < COLUMNS / 8; i++) {
+      at[i] = load4(rows.x + rows.offsets[i] + position);
     }
   }
 };
 
-// The matrix unit's own spread of a 16 x 8 result: rows g and g + 8, columns 2t and 2t + 1.
+// The matrix unit's own spread of each 16 x 8 part of the result: rows g and g + 8, columns 2t and 2t + 1.
 template <int COLUMNS>
 struct Sums<COLUMNS, true> {
-  float at[4];
+  float at[COLUMNS / 8][4];
 
   void clear() {
     UNROLL
-    for (int i = 0; i < 4; i++) {
-      at[i] = 0;
+    for (int i = 0; i < COLUMNS / 2; i++) {
+      at[i / 4][i % 4] = 0;
     }
   }
 
   void add(uint4 pairs, const thread Activations<COLUMNS, true>& x, int q) {
-    matrix_multiply(at, pairs, q % 2 ? x.at.z : x.at.x, q % 2 ? x.at.w : x.at.y);
+    UNROLL
+    for (int i = 0; i < COLUMNS / 8; i++) {
+      matrix_multiply(at[i], pairs, q % 2 ? x.at[i].z : x.at[i].x, q % 2 ? x.at[i].w : x.at[i].y);
+    }
   }
 
   void add_scaled(const thread Sums<COLUMNS, true>& other, uint scales) {
-    at[0] += low(scales) * other.at[0];
-    at[1] += low(scales) * other.at[1];
-    at[2] += high(scales) * other.at[2];
-    at[3] += high(scales) * other.at[3];
+    UNROLL
+    for (int i = 0; i < COLUMNS / 2; i++) {
+      at[i / 4][i % 4] += (i % 4 < 2 ? low(scales) : high(scales)) * other.at[i / 4][i % 4];
+    }
   }
 
   void store(Shared<float> partial, uint lane) {
     UNROLL
-    for (int i = 0; i < 4; i++) {
-      partial[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = at[i];
+    for (int i = 0; i < COLUMNS / 2; i++) {
+      uint row = lane / 4 + 8 * (i % 4 / 2);
+      partial[row * COLUMNS + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = at[i / 4][i % 4];
     }
   }
 };
@@ -121,8 +145,8 @@ template <int GROUPS>
 struct Scales {
   uint at[GROUPS];
 
-  void load(Device<const half> scales, uint block, uint lane) {
-    Device<const half> mine = scales + (block * 8 + lane / 4) * GROUPS * 2;
+  // `mine` is where those of rows g and g + 8 begin.
+  void load(Device<const half> mine) {
     UNROLL
     for (int i = 0; i < GROUPS / 4; i++) {
       uint4 four = load4(mine + 8 * i);
@@ -138,16 +162,42 @@ struct Scales {
   }
 };
 
-// One block of one tile. GROUP 0: one scale a row, applied at the end.
+// A lane's share of one block of one tile, and where to find the next.
+template <int BITS, int GROUP>
+struct Block {
+  static constexpr int GROUPS = groups_of_block(GROUP);
+  Device<const uint> codes;
+  Device<const half> factors;
+  Words<BITS> words;
+  Scales<GROUPS> scales;
+
+  Block(Device<const uint> all, Device<const half> scales_of_all, uint tile, uint blocks, uint block, uint lane)
+      : codes(all + (tile * blocks + block) * (128 * BITS) + 4 * lane),
+        factors(scales_of_all + ((GROUP ? tile * blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
+
+  void load() {
+    words = load_words<BITS>(codes);
+    scales.load(factors);
+  }
+
+  void advance(uint by) {
+    codes = codes + by * (128 * BITS);
+    factors = factors + (GROUP ? by * (16 * GROUPS) : 0);
+  }
+};
+
+// Plane q of a unit of one block. GROUP 0: one scale a row, applied at the end.
 template <int BITS, int GROUP, int COLUMNS, bool NVIDIA>
 inline void multiply_plane(const thread Words<BITS>& words, const thread Table& table,
-                           const thread Activations<COLUMNS, NVIDIA>& x, const thread Scales<GROUP ? 256 / GROUP : 1>& scales,
-                           int unit, int q, thread Sums<COLUMNS, NVIDIA>& group, thread Sums<COLUMNS, NVIDIA>& total) {
+                           const thread Activations<COLUMNS, NVIDIA>& x,
+                           const thread Scales<groups_of_block(GROUP)>& scales, int unit, int q,
+                           thread Sums<COLUMNS, NVIDIA>& group, thread Sums<COLUMNS, NVIDIA>& total) {
+  constexpr int EACH = GROUP ? GROUP : 1;
   uint4 pairs = Decoder<BITS, NVIDIA>::decode(words, unit, q, table);
   group.add(pairs, x, q);
   int done = 16 * (4 * unit + q + 1);
-  if (GROUP != 0 && done % (GROUP ? GROUP : 1) == 0) {
-    total.add_scaled(group, scales.at[done / (GROUP ? GROUP : 1) - 1]);
+  if (GROUP != 0 && done % EACH == 0) {
+    total.add_scaled(group, scales.at[done / EACH - 1]);
     group.clear();
   }
 }
@@ -177,52 +227,63 @@ template <int BITS, int GROUP, int TILES, int SLICES, int PARTS, int COLUMNS, bo
 inline void matvec(Device<const half> x, Device<const float> x_scales, Device<const uint> codes, Device<const half> scales,
                    Device<const uint> table, Device<T> out, Shared<float> partial, uint columns, uint tiles, uint blocks,
                    uint rows, uint group_x, uint group_y, uint slice, uint lane) {
-  constexpr int GROUPS = GROUP ? BLOCK / GROUP : 1;
+  constexpr int AHEAD = 1;
   Table values = load_table(table);
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
-  uint first_tile = group_x * TILES;
-  Words<BITS> now[TILES], next[TILES];
+  RowsOfLane<COLUMNS, NVIDIA> x_rows(x, blocks * COLUMNS_OF_BLOCK, first, end, lane);
   Sums<COLUMNS, NVIDIA> group[TILES], total[TILES];
-  uint base[TILES];
   UNROLL
   for (int i = 0; i < TILES; i++) {
-    base[i] = (first_tile + i < tiles ? first_tile + i : tiles - 1) * blocks;
     group[i].clear();
     total[i].clear();
-    if (slice < blocks) {
-      next[i] = load_words<BITS>(codes, base[i] + slice, lane);
+  }
+  uint first_tile = group_x * TILES, second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
+  Block<BITS, GROUP> next[2] = {
+      Block<BITS, GROUP>(codes, scales, first_tile, blocks, slice, lane),
+      Block<BITS, GROUP>(codes, scales, second_tile, blocks, slice, lane)};
+  if (slice < blocks) {
+    UNROLL
+    for (int i = 0; i < TILES; i++) {
+      next[i].load();
     }
   }
   for (uint block = slice; block < blocks; block += SLICES) {
-    Scales<GROUPS> factors[TILES];
+    Words<BITS> words[TILES];
+    Scales<Block<BITS, GROUP>::GROUPS> factors[TILES];
+    Activations<COLUMNS, NVIDIA> some[AHEAD + 1];
     UNROLL
-    for (int i = 0; i < TILES; i++) {
-      now[i] = next[i];
-      factors[i].load(scales, GROUP ? base[i] + block : base[i] / blocks, lane);
-      if (block + SLICES < blocks) {
-        next[i] = load_words<BITS>(codes, base[i] + block + SLICES, lane);
-      }
+    for (int i = 0; i < AHEAD; i++) {
+      some[i].load(x_rows, block * COLUMNS_OF_BLOCK + 32 * i);
     }
     UNROLL
-    for (int half_unit = 0; half_unit < 8; half_unit++) {
-      Activations<COLUMNS, NVIDIA> some;
-      some.load(x, blocks * BLOCK, first, end, block * BLOCK + 32 * half_unit, lane);
+    for (int i = 0; i < TILES; i++) {
+      words[i] = next[i].words;
+      factors[i] = next[i].scales;
+      next[i].advance(SLICES);
+      if (block + SLICES < blocks) {
+        next[i].load();
+      }
+    }
+    loads_first();
+    UNROLL
+    for (int h = 0; h < 8; h++) {
+      if (h + AHEAD < 8) {
+        some[(h + AHEAD) % (AHEAD + 1)].load(x_rows, block * COLUMNS_OF_BLOCK + 32 * (h + AHEAD));
+        loads_first();
+      }
       UNROLL
-      for (int i = 0; i < TILES; i++) {
-        UNROLL
-        for (int s = 0; s < 2; s++) {
-          multiply_plane<BITS, GROUP, COLUMNS, NVIDIA>(
-              now[i], values, some, factors[i], half_unit / 2, 2 * (half_unit % 2) + s, group[i], total[i]);
-        }
+      for (int j = 0; j < 2 * TILES; j++) {
+        multiply_plane<BITS, GROUP, COLUMNS, NVIDIA>(words[j / 2], values, some[h % (AHEAD + 1)], factors[j / 2], h / 2,
+                                                     2 * (h % 2) + j % 2, group[j / 2], total[j / 2]);
       }
     }
   }
   UNROLL
   for (int i = 0; i < TILES; i++) {
     if (GROUP == 0) {
-      Scales<1> factor;
-      factor.load(scales, base[i] / blocks, lane);
-      total[i].add_scaled(group[i], factor.at[0]);
+      Block<BITS, GROUP> whole(codes, scales, i == 0 ? first_tile : second_tile, blocks, 0, lane);
+      whole.scales.load(whole.factors);
+      total[i].add_scaled(group[i], whole.scales.at[0]);
     }
     total[i].store(partial + (slice * TILES + i) * 16 * COLUMNS, lane);
   }

@@ -21,20 +21,31 @@ __device__ inline void barrier() {
   __syncthreads();
 }
 
+// Loads before it are not put off until after it.
+__device__ inline void loads_first() {
+  __syncwarp();
+}
+
 __device__ inline float shuffle_xor(float value, uint distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }
 
 __device__ inline uint4 load4(Device<const half> at) {
-  return __ldg(reinterpret_cast<const uint4*>(at));
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(at)
+               : "memory");
+  return value;
 }
 
 // Read once: keep it out of the first cache, where activations live.
 __device__ inline uint4 load4_once(Device<const uint> at) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(at));
+               : "l"(at)
+               : "memory");
   return value;
 }
 
@@ -48,6 +59,12 @@ __device__ inline float low(uint pair) {
 
 __device__ inline float high(uint pair) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+}
+
+__device__ inline uint multiply_pairs(uint a, uint b) {
+  uint product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 __device__ inline uint float_bits(float value) {
@@ -64,7 +81,7 @@ __device__ inline uint byte_permute(uint a, uint b, uint selector) {
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), spread over a simdgroup as PTX's mma.m16n8k16 says.
 __device__ inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])

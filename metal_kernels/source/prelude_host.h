@@ -31,6 +31,8 @@ inline void barrier(int line = __builtin_LINE()) {
   emulator::barrier(line);
 }
 
+inline void loads_first() {}
+
 inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()) {
   uint lane = emulator::thread_index() % 32;
   return emulator::exchange(value, line)[lane ^ distance];
@@ -54,6 +56,12 @@ inline float low(uint pair) {
 
 inline float high(uint pair) {
   return float(emulator::bits_as<half>(static_cast<unsigned short>(pair >> 16)));
+}
+
+inline uint multiply_pairs(uint a, uint b) {
+  uint first = emulator::bits_as<unsigned short>(half(low(a) * low(b)));
+  uint second = emulator::bits_as<unsigned short>(half(high(a) * high(b)));
+  return first | (second << 16);
 }
 
 inline uint float_bits(float value) {

@@ -13,6 +13,9 @@ inline void barrier() {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// Loads before it are not put off until after it, where the compiler is known to do so.
+inline void loads_first() {}
+
 inline float shuffle_xor(float value, uint distance) {
   return simd_shuffle_xor(value, ushort(distance));
 }
@@ -35,6 +38,10 @@ inline float low(uint pair) {
 
 inline float high(uint pair) {
   return float(as_type<half2>(pair).y);
+}
+
+inline uint multiply_pairs(uint a, uint b) {
+  return as_type<uint>(as_type<half2>(a) * as_type<half2>(b));
 }
 
 inline uint float_bits(float value) {

@@ -12,8 +12,7 @@ from quant_engine.errors import InputError
 from quant_engine.prompt import check_context, context_length, prompt_tokens
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<say>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<say>{% endif %}"
 )
 
 

@@ -38,9 +38,7 @@ def test_without_a_file_the_text_is_the_one_that_python_carries() -> None:
     ],
     ids=["bytes that are not UTF-8", "white space only", "no file"],
 )
-def test_an_unusable_file_is_refused_in_words(
-    content: bytes | None, words: list[str], tmp_path: Path
-) -> None:
+def test_an_unusable_file_is_refused_in_words(content: bytes | None, words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)

@@ -72,9 +72,7 @@ def fill() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def publish(
-    registry: Registry, record: Callable[..., ModelRecord], fill: Callable[..., Path]
-) -> Callable[..., Model]:
+def publish(registry: Registry, record: Callable[..., ModelRecord], fill: Callable[..., Path]) -> Callable[..., Model]:
     """Publishes a small model by name, in the way that callers do."""
 
     def make(name: str = "tiny-tq3", final: Path | None = None, **changes: Any) -> Model:

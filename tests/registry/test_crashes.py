@@ -24,9 +24,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[s
 
 
 def run_lab(scenario: str, folder: Path) -> list[dict[str, Any]]:
-    path = (
-        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {[scenario, str(folder)]!r}; "
-    )
+    path = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {[scenario, str(folder)]!r}; "
     command = [sys.executable, "-c", f"{path}runpy.run_path({str(LAB)!r}, run_name='__main__')"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stderr

@@ -134,9 +134,7 @@ def test_files_that_cannot_be_deleted_now_are_deleted_later(
         assert os.listdir(registry.models_root / ".staging") == []
 
 
-def test_a_model_may_live_where_the_user_wants_it(
-    registry: Registry, publish: Publish, tmp_path: Path
-) -> None:
+def test_a_model_may_live_where_the_user_wants_it(registry: Registry, publish: Publish, tmp_path: Path) -> None:
     place = tmp_path / "mine" / "quantized"
     model = publish(final=place)
     assert model.external

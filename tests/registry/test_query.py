@@ -130,9 +130,7 @@ def test_sorting_puts_missing_values_last_in_both_directions(five: Registry) -> 
         five.models(sort="tag")
 
 
-@pytest.mark.parametrize(
-    "sort", ["ppl", "-ppl", "-created_at", "created_at", "bits", "-bits", "architecture"]
-)
+@pytest.mark.parametrize("sort", ["ppl", "-ppl", "-created_at", "created_at", "bits", "-bits", "architecture"])
 @pytest.mark.parametrize("limit", [1, 2])
 def test_pages_give_every_model_once_in_order(five: Registry, sort: str, limit: int) -> None:
     whole = names(five, sort=sort)
@@ -152,9 +150,7 @@ def test_pages_give_every_model_once_in_order(five: Registry, sort: str, limit: 
 def test_a_cursor_stays_in_place_when_a_model_is_removed(five: Registry) -> None:
     page = five.models(sort="name", limit=2)
     five.remove(page.models[0].name)
-    assert [m.name for m in five.models(sort="name", cursor=page.next_cursor).models] == names(
-        five, sort="name"
-    )[1:]
+    assert [m.name for m in five.models(sort="name", cursor=page.next_cursor).models] == names(five, sort="name")[1:]
 
 
 def test_cursors_of_another_listing_and_bad_limits_are_refused(five: Registry) -> None:

@@ -132,9 +132,7 @@ def test_urls_that_cannot_be_used_are_refused(home: Path, url: str, message: str
         open_registry(home, url)
 
 
-def test_a_missing_driver_is_named_and_the_password_is_not(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_driver_is_named_and_the_password_is_not(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(RegistryError, match="driver that is not installed") as caught:
         open_registry(home, "postgresql+psycopg://me:secret@host/db")
@@ -150,9 +148,7 @@ def test_the_database_may_lie_elsewhere_than_the_models(home: Path, tmp_path: Pa
     assert not (home / "registry.sqlite").exists()
 
 
-def test_a_network_file_system_is_refused_with_the_way_out(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_file_system_is_refused_with_the_way_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "network_file_system", lambda _: "nfs4")
     with pytest.raises(RegistryError, match=r"network file system \(nfs4\).*local disk.*postgresql"):
         open_registry(home)

@@ -176,9 +176,7 @@ def test_lineage_finds_children_and_outlives_the_parent(registry: Registry, publ
     assert registry.get("child").parents == (Parent(name="Parent", relation="quantized"),)
 
 
-def test_a_backup_is_a_whole_registry_of_its_own(
-    registry: Registry, publish: Publish, tmp_path: Path
-) -> None:
+def test_a_backup_is_a_whole_registry_of_its_own(registry: Registry, publish: Publish, tmp_path: Path) -> None:
     publish()
     assert registry.backup().parent == registry.home / "backups"
     target = registry.backup(tmp_path / "copies" / "one.sqlite")

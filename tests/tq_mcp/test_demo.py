@@ -15,7 +15,7 @@ from tq_mcp.cli import main
 from tq_mcp.cli.demo import table
 from tq_mcp.demo import Demo, DemoError, Story, run_demo
 from tq_mcp.schemas import ModelDetails
-from tq_mcp.server import create_server
+from tq_mcp.server import build_server
 from tq_mcp.settings import Settings
 
 STEPS = ["plan_conversion", "convert_model", "evaluate_ppl", "generate", "compare_kv_cache", "list_models"]
@@ -73,7 +73,7 @@ def test_the_table_is_for_newcomers(story: Story) -> None:
 
 def test_a_tools_error_is_told_in_its_own_words(home: Path) -> None:
     async def ask() -> None:
-        async with Client(create_server(Settings(home))) as client:
+        async with Client(build_server(Settings(home))) as client:
             with pytest.raises(DemoError, match=r"get_model failed.*no model 'nothing'"):
                 await Demo(client, ignore).call(ModelDetails, "get_model", name="nothing")
 

@@ -59,9 +59,7 @@ def upgrade() -> None:
         sa.Column("model_id", sa.Integer(), nullable=False),
         sa.Column("alias", sa.String(96), nullable=False),
         sa.Column("alias_key", sa.String(96), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_aliases_model_id_models", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_aliases_model_id_models", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_aliases"),
         sa.UniqueConstraint("alias_key", name="uq_aliases_alias_key"),
     )
@@ -120,9 +118,7 @@ def upgrade() -> None:
         sa.Column("backend", sa.Text(), nullable=False),
         sa.Column("kernel_path", sa.Text(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_evaluations_model_id_models", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_evaluations_model_id_models", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_evaluations"),
     )
     op.create_index("ix_evaluations_created_at", "evaluations", ["created_at"])
@@ -135,9 +131,7 @@ def upgrade() -> None:
         sa.Column("path", sa.Text(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(64), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_files_model_id_models", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_files_model_id_models", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_files"),
         sa.UniqueConstraint("model_id", "path", name="uq_files_model_id_path"),
     )
@@ -150,12 +144,8 @@ def upgrade() -> None:
         sa.Column("parent_id", sa.Integer(), nullable=True),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("relation", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_lineage_model_id_models", ondelete="CASCADE"
-        ),
-        sa.ForeignKeyConstraint(
-            ["parent_id"], ["models.id"], name="fk_lineage_parent_id_models", ondelete="SET NULL"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_lineage_model_id_models", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(["parent_id"], ["models.id"], name="fk_lineage_parent_id_models", ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name="pk_lineage"),
     )
     op.create_index("ix_lineage_model_id", "lineage", ["model_id"])
@@ -176,9 +166,7 @@ def upgrade() -> None:
         sa.Column("cache", sa.Text(), nullable=False),
         sa.Column("cache_bytes", sa.BigInteger(), nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_speeds_model_id_models", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_speeds_model_id_models", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_speeds"),
     )
     op.create_index("ix_speeds_created_at", "speeds", ["created_at"])
@@ -188,9 +176,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("model_id", sa.Integer(), nullable=False),
         sa.Column("tag", sa.String(96), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_tags_model_id_models", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_tags_model_id_models", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_tags"),
         sa.UniqueConstraint("model_id", "tag", name="uq_tags_model_id_tag"),
     )

@@ -60,9 +60,22 @@ class Machine:
         names = ", ".join(f"variant_{i}" for i in range(len(variants)))
         text += f"int main() {{ return emulator::main({{{names}}}); }}\n"
         program.with_suffix(".cpp").write_text(text)
-        flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
-                 "-Wvla", "-Wdouble-promotion", "-Wno-clobbered", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-variable",
-                 "-Werror", f"-I{HERE}"]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            "-Wall",
+            "-Wextra",
+            "-Wvla",
+            "-Wdouble-promotion",
+            "-Wno-clobbered",
+            "-Wno-unused-parameter",
+            "-Wno-unknown-pragmas",
+            "-Wno-unused-variable",
+            "-Werror",
+            f"-I{HERE}",
+        ]
         command = ["g++", *flags, str(program.with_suffix(".cpp")), "-o", str(program)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stderr[:4000]
@@ -70,14 +83,24 @@ class Machine:
 
     def _run(self, program: Path, variant: int, call: Launch) -> list[mx.array]:
         poison = [np.full(int(np.prod(shape)) * dtype.size, 0xFF, np.uint8) for shape, dtype in call.outputs]
-        request = [struct.pack("6i", variant, *call.groups, call.threads, len(call.inputs),
-                               len(call.inputs) + len(call.outputs))]
+        request = [
+            struct.pack(
+                "6i", variant, *call.groups, call.threads, len(call.inputs), len(call.inputs) + len(call.outputs)
+            )
+        ]
         for array in call.inputs:
-            request.append(_head(array.shape, array.dtype.size) + bytes(memoryview(mx.contiguous(array).view(mx.uint8))))
+            request.append(
+                _head(array.shape, array.dtype.size) + bytes(memoryview(mx.contiguous(array).view(mx.uint8)))
+            )
         for (shape, dtype), filling in zip(call.outputs, poison, strict=True):
             request.append(_head(shape, dtype.size) + filling.tobytes())
-        finished = subprocess.run([str(program)], input=b"".join(request), capture_output=True, check=False,
-                                  env={"ASAN_OPTIONS": "detect_stack_use_after_return=0"})
+        finished = subprocess.run(
+            [str(program)],
+            input=b"".join(request),
+            capture_output=True,
+            check=False,
+            env={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
+        )
         if finished.returncode:
             raise EmulatorError(finished.stderr.decode())
         answers, at = [], 0

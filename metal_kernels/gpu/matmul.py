@@ -1,0 +1,59 @@
+"""Products of many rows of activations with a weight in tiles, on NVIDIA's matrix units."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.launch import SIMD, Kernel
+
+MATMUL = Kernel(
+    name="turboquant_matmul",
+    sources=("codes.metal", "matvec.metal", "matmul.metal"),
+    inputs=("x", "x_scales", "codes", "scales", "table"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
+  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, T>(
+      x, x_scales, codes, scales, table, out, staged, x_shape[0], codes_shape[0], codes_shape[1],
+      16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+      thread_index_in_threadgroup);
+""",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A threadgroup's share: tiles and pieces of 8 columns of a simdgroup, and how many of these side by side."""
+
+    tiles: int
+    pieces: int
+    row_groups: int
+    column_groups: int
+
+    @property
+    def columns(self) -> int:
+        return 8 * self.pieces * self.column_groups
+
+
+DEFAULT = Shape(2, 8, 4, 2)
+
+
+def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = DEFAULT) -> mx.array:
+    """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
+    values: dict[str, int | bool | mx.Dtype] = {
+        "BITS": weight.bits,
+        "GROUP": weight.group,
+        "TILES": shape.tiles,
+        "PIECES": shape.pieces,
+        "ROW_GROUPS": shape.row_groups,
+        "COLUMN_GROUPS": shape.column_groups,
+        "PARTS": x.parts,
+        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "T": dtype,
+    }
+    groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
+    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
+    threads = SIMD * shape.row_groups * shape.column_groups
+    return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, values)[0]

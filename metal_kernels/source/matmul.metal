@@ -1,0 +1,163 @@
+// Products of packed weights with many columns of activations, on matrix units.
+//
+// A threadgroup takes ROW_GROUPS * TILES * 16 rows by COLUMN_GROUPS * PIECES * 8 columns, one simdgroup for each pair
+// of a row and a column group. A unit of 64 input columns at a time, weights are decoded and scaled in registers, in
+// the matrix units' own order, and activations wait in threadgroup memory, the next unit's on their way meanwhile.
+// The weight is never written anywhere.
+
+namespace turboquant {
+
+#ifdef NVIDIA_INSTRUCTIONS
+
+// The activations of one unit, (COLUMNS, 8 vectors of 8 halves), in turns with the next one's in `tile`.
+template <int COLUMNS, int THREADS>
+struct Staged {
+  static constexpr int EACH = COLUMNS * 8 / THREADS;
+  uint4 at[EACH];
+
+  void load(Device<const half> x, uint stride, uint first, uint end, uint position, uint index) {
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      uint vector = index + i * THREADS, row = first + vector / 8;
+      at[i] = uint4{0, 0, 0, 0};
+      if (row < end) {
+        at[i] = load4(x + row * stride + position + 8 * (vector % 8));
+      }
+    }
+  }
+
+  // Rows in turn exchange their halves, so that eight lanes read from all banks at once.
+  static uint place(uint row, uint vector) {
+    return row * 8 + (vector ^ (4 * (row % 2)));
+  }
+
+  void store(Shared<uint4> tile, uint index) {
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      uint vector = index + i * THREADS;
+      tile[place(vector / 8, vector % 8)] = at[i];
+    }
+  }
+};
+
+// Plane q of a unit, each row times its scale.
+template <int BITS>
+inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Table& table, uint scales) {
+  uint4 pairs = Decoder<BITS, true>::decode(words, unit, q, table);
+  uint upper = byte_permute(scales, 0, 0x1010u), lower = byte_permute(scales, 0, 0x3232u);
+  return uint4{multiply_pairs(pairs.x, upper), multiply_pairs(pairs.y, lower), multiply_pairs(pairs.z, upper),
+               multiply_pairs(pairs.w, lower)};
+}
+
+template <int TILES, int PIECES>
+struct Results {
+  float at[TILES][PIECES][4];
+
+  void clear() {
+    UNROLL
+    for (int i = 0; i < TILES * PIECES * 4; i++) {
+      at[i / (4 * PIECES)][i / 4 % PIECES][i % 4] = 0;
+    }
+  }
+
+  // Half a unit, two planes, of all tiles times all pieces.
+  template <int COLUMNS, int THREADS>
+  void add(const thread uint4 (&planes)[2 * TILES], Shared<uint4> tile, uint first_column, int p, uint lane) {
+    UNROLL
+    for (int i = 0; i < PIECES; i++) {
+      uint4 x = tile[Staged<COLUMNS, THREADS>::place(first_column + 8 * i + lane / 4, 4 * p + lane % 4)];
+      UNROLL
+      for (int j = 0; j < TILES; j++) {
+        matrix_multiply(at[j][i], planes[2 * j], x.x, x.y);
+        matrix_multiply(at[j][i], planes[2 * j + 1], x.z, x.w);
+      }
+    }
+  }
+
+  template <int PARTS, typename T>
+  void write(Device<T> out, Device<const float> x_scales, uint first_tile, uint rows, uint first, uint end, uint lane) {
+    UNROLL
+    for (int i = 0; i < TILES * PIECES * 2; i++) {
+      uint row = 16 * (first_tile + i / (2 * PIECES)) + lane / 4 + 8 * (i % 2);
+      uint column = first + 8 * (i / 2 % PIECES) + 2 * (lane % 4);
+      float one = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2)];
+      float two = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2) + 1];
+      if (PARTS == 2 && row < rows && column < end) {
+        out[column / 2 * rows + row] = static_cast<T>((one + two) * x_scales[column / 2]);
+      }
+      if (PARTS == 1 && row < rows && column < end) {
+        out[column * rows + row] = static_cast<T>(one * x_scales[column]);
+      }
+      if (PARTS == 1 && row < rows && column + 1 < end) {
+        out[(column + 1) * rows + row] = static_cast<T>(two * x_scales[column + 1]);
+      }
+    }
+  }
+};
+
+template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, typename T>
+inline void matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
+                   Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged, uint columns,
+                   uint tiles, uint blocks, uint rows, uint group_x, uint group_y, uint index) {
+  constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
+  constexpr int EACH = GROUP ? GROUP : 256;
+  uint simdgroup = index / 32, lane = index % 32;
+  uint first_tile = (group_x * ROW_GROUPS + simdgroup / COLUMN_GROUPS) * TILES;
+  uint first = group_y * COLUMNS, mine = simdgroup % COLUMN_GROUPS * 8 * PIECES;
+  Table values = load_table(table);
+  Results<TILES, PIECES> results;
+  results.clear();
+  uint second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
+  Block<BITS, GROUP> next[2] = {
+      Block<BITS, GROUP>(codes, scales, first_tile < tiles ? first_tile : tiles - 1, blocks, 0, lane),
+      Block<BITS, GROUP>(codes, scales, second_tile, blocks, 0, lane)};
+  UNROLL
+  for (int j = 0; j < TILES; j++) {
+    next[j].load();
+  }
+  Staged<COLUMNS, THREADS> coming;
+  coming.load(x, blocks * 256, first, columns, 0, index);
+  coming.store(staged, index);
+  barrier();
+  for (uint block = 0; block < blocks; block++) {
+    Words<BITS> words[TILES];
+    Scales<Block<BITS, GROUP>::GROUPS> factors[TILES];
+    UNROLL
+    for (int j = 0; j < TILES; j++) {
+      words[j] = next[j].words;
+      factors[j] = next[j].scales;
+      next[j].advance(1);
+      if (block + 1 < blocks) {
+        next[j].load();
+      }
+    }
+    loads_first();
+    UNROLL
+    for (int unit = 0; unit < 4; unit++) {
+      bool more = unit < 3 || block + 1 < blocks;
+      if (more) {
+        coming.load(x, blocks * 256, first, columns, block * 256 + 64 * (unit + 1), index);
+        loads_first();
+      }
+      UNROLL
+      for (int p = 0; p < 2; p++) {
+        uint4 planes[2 * TILES];
+        UNROLL
+        for (int j = 0; j < 2 * TILES; j++) {
+          uint factor = factors[j / 2].at[(64 * unit + 32 * p) / EACH];
+          planes[j] = scaled_plane<BITS>(words[j / 2], unit, 2 * p + j % 2, values, factor);
+        }
+        results.template add<COLUMNS, THREADS>(planes, staged + unit % 2 * COLUMNS * 8, mine, p, lane);
+      }
+      if (more) {
+        coming.store(staged + (unit + 1) % 2 * COLUMNS * 8, index);
+      }
+      barrier();
+    }
+  }
+  results.template write<PARTS, T>(out, x_scales, first_tile, rows, first + mine, columns, lane);
+}
+
+#endif
+
+} // namespace turboquant

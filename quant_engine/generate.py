@@ -1,0 +1,201 @@
+"""Continuing a prompt: the prompt read without computing logits, then mlx-lm's own stream of tokens."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+
+import metal_kernels
+from quant_engine import mlx_lm_adapter as adapter
+from quant_engine.config import CacheConfig
+from quant_engine.errors import InputError
+from quant_engine.kv_cache import convert_cache_to_turboquant
+from quant_engine.prompt import check_context, prompt_tokens
+from quant_engine.sampling import Sampling
+
+OnText = Callable[[str], None]
+
+_PROMPT_STEP = 2048
+"""Prompt tokens a step, as mlx-lm takes them, so that rounding is the same."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Text and tokens that continue a prompt, without the end token, and what making them took.
+
+    text is as mlx-lm decodes it, without a space at its start.
+    prompt_tokens_per_s is of all prompt tokens but the last, generation_tokens_per_s of all new tokens but
+    the first; 0 where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
+    the process since its start on a CPU. finish_reason: "stop" at an end token, "length" at max_tokens or
+    the context's end. cache_bytes: what the key-value cache holds at the end.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    peak_memory_bytes: int
+    finish_reason: str
+    backend: str
+    kernel_path: str
+    cache_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+class Response(Protocol):
+    """What of mlx-lm's response is used."""
+
+    text: str
+    token: int
+    finish_reason: str | None
+
+
+@dataclass
+class Continuation:
+    """Tokens as they came, with the time each arrived."""
+
+    text: str
+    tokens: list[int]
+    arrivals: list[float]
+    finish_reason: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the tokens after the first, the end token included."""
+        return rate(len(self.arrivals) - 1, self.arrivals[-1] - self.arrivals[0])
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    chat: bool | None = None,
+    cache: CacheConfig | None = None,
+    on_text: OnText | None = None,
+) -> GenerationResult:
+    """Continue a prompt by at most max_tokens, fewer where the model's context ends.
+
+    Sampling controls as in `Sampling`; temperature 0 gives mlx-lm's own greedy tokens. chat as in
+    `prompt_tokens`. `cache` compresses the key-value cache as it is filled. on_text gets each piece of text;
+    an exception from it ends the generation and comes through. Raises InputError for a prompt or option that
+    cannot be used.
+    """
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    tokens = prompt_tokens(tokenizer, prompt, chat)
+    max_tokens = check_room(model, tokens, max_tokens)
+    metal_kernels.reset_paths()
+    mx.reset_peak_memory()
+    held = make_cache(model, cache)
+    started = time.perf_counter()
+    read_prompt(model, tokens[:-1], held)
+    read = time.perf_counter()
+    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, sampling, on_text)
+    return GenerationResult(
+        text=made.text,
+        token_ids=made.tokens,
+        prompt_tokens=len(tokens),
+        generation_tokens=len(made.tokens),
+        prompt_tokens_per_s=rate(len(tokens) - 1, read - started),
+        generation_tokens_per_s=made.tokens_per_s,
+        peak_memory_bytes=peak_memory_bytes(),
+        finish_reason=made.finish_reason,
+        backend=metal_kernels.active_backend(),
+        kernel_path=metal_kernels.kernel_path(),
+        cache_bytes=cache_nbytes(held),
+    )
+
+
+def check_room(model: nn.Module, tokens: list[int], max_tokens: int) -> int:
+    """max_tokens, or what the model's context leaves after the prompt; InputError where that is nothing."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+    room = check_context(model, len(tokens) + 1, "the prompt with one token to generate", "shorten the prompt")
+    return max_tokens if room is None else min(max_tokens, room + 1)
+
+
+def make_cache(model: nn.Module, config: CacheConfig | None) -> list[Any]:
+    """An empty prompt cache: mlx-lm's, or the compressed one of a config."""
+    cache = make_prompt_cache(model)
+    return cache if config is None else convert_cache_to_turboquant(cache, **config.to_dict())
+
+
+def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any]) -> None:
+    """Fill a cache with tokens, without the output projection where the model lets it be left out."""
+    forward = adapter.backbone(model) or model
+    for start in range(0, len(tokens), _PROMPT_STEP):
+        forward(mx.array(tokens[start : start + _PROMPT_STEP])[None], cache=cache)
+        mx.eval([c.state for c in cache])
+
+
+def continue_prompt(
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: list[int],
+    cache: list[Any],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    on_text: OnText | None = None,
+) -> Continuation:
+    """Generate after `tokens`, all but the last of which the cache holds."""
+    sampling = sampling or Sampling()
+    responses: Iterator[Response] = stream_generate(
+        model,
+        tokenizer,
+        tokens[-1:],
+        max_tokens=max_tokens,
+        prompt_cache=cache,
+        sampler=sampling.sampler(len(tokenizer)),
+        logits_processors=sampling.processors(tokens[:-1]),
+    )
+    made = Continuation("", [], [], "length")
+    with closing(responses):  # pyright: ignore[reportArgumentType]
+        for response in responses:
+            made.arrivals.append(time.perf_counter())
+            made.text += response.text
+            if response.finish_reason == "stop":
+                made.finish_reason = "stop"
+            else:
+                made.tokens.append(response.token)
+            if on_text is not None and response.text:
+                on_text(response.text)
+    return made
+
+
+def cache_nbytes(cache: list[Any]) -> int:
+    """Bytes that a prompt cache holds."""
+    return sum(c.nbytes for c in cache)
+
+
+def rate(count: int, seconds: float) -> float:
+    """Tokens a second; 0 where there were none."""
+    return count / seconds if count > 0 and seconds > 0 else 0.0
+
+
+def peak_memory_bytes() -> int:
+    """Of MLX's allocations on a GPU; of the process on a CPU, where kernels allocate outside MLX."""
+    if metal_kernels.device() != "cpu":
+        return mx.get_peak_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return math.floor(peak) * (1 if sys.platform == "darwin" else 1024)
