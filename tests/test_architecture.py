@@ -215,7 +215,8 @@ for package in {packages}:
 
 SIDE_EFFECTS = """
 import logging, os, pathlib, signal, sys, threading, warnings
-import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.models.activations, mlx_lm.models.base, mlx_lm.models.cache, mlx_lm.utils
+import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.utils
+import mlx_lm.models.activations, mlx_lm.models.base, mlx_lm.models.cache
 
 def state():
     watched = [sys.modules[name] for name in THEIRS]
