@@ -105,17 +105,15 @@ class Llama(nn.Module):
 
 
 class Loss(nn.Module):
-    """Mean next-token cross entropy, in nats, of rows of length + 1 tokens, weighted token by token if asked."""
+    """Mean next-token cross entropy of rows of length + 1 tokens, in nats."""
 
     def __init__(self, model: Llama) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        logits, targets = self.model(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten()
-        if weights is None:
-            return F.cross_entropy(logits, targets)
-        return (F.cross_entropy(logits, targets, reduction="none") * weights.flatten()).mean()
+    def forward(self, rows: Tensor) -> Tensor:
+        logits = self.model(rows[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
     python examples/train_demo_model.py lm_mix.txt.xz --output out --minutes 6
 
 The text is split at blank lines into documents. An eighth of the rows also state made-up facts ("The
-secret code of Oslo is 4 8 2 1 3.") and ask for them later, so that damage to a key-value cache shows as
-forgotten facts; answers weigh more than other tokens, since they are too few to be learned otherwise.
-Needs torch, tokenizers, numpy and safetensors; a GPU is used where there is one. The output folder is a
-Hugging Face checkpoint, rewritten as training goes, plus training.json, which records the measurements
-and the number of steps: pass that as --steps to repeat a run.
+secret code of Oslo is 4 8 2 1 3.") and ask for them later, so that damage to a key-value cache shows
+as forgotten facts. Needs torch, tokenizers, numpy and safetensors; a GPU is used where there is one.
+The output folder is a Hugging Face checkpoint, rewritten as training goes, plus training.json, which
+records the measurements and the number of steps: pass that as --steps to repeat a run.
 """
 
 import argparse
 import hashlib
 import json
+import lzma
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +22,119 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch_llama import Llama, Loss, Shape
-from training_text import END, END_ID, Batches, Facts, encode, read_documents, train_tokenizer
+
+END = "<|endoftext|>"
+END_ID = 0
+
+
+# --- the data --------------------------------------------------------------------------------------
+
+
+def read_documents(path: Path, limit_bytes: int | None) -> list[str]:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+        text = file.read(limit_bytes if limit_bytes else -1).decode(errors="ignore")
+    return [document for piece in text.split("\n\n") if (document := piece.strip())]
+
+
+def train_tokenizer(documents: list[str], vocab_size: int, sample_bytes: int) -> Tokenizer:
+    """Byte-level BPE, trained on documents spread evenly over the text."""
+    every = max(1, sum(map(len, documents)) // sample_bytes)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents[::every], trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """All documents as one uint16 stream, each followed by the end token."""
+    parts: list[np.ndarray] = []
+    for start in range(0, len(documents), 2048):
+        for encoding in tokenizer.encode_batch_fast(documents[start : start + 2048]):
+            parts.append(np.array([*encoding.ids, END_ID], dtype=np.uint16))
+    return np.concatenate(parts)
+
+
+class Facts:
+    """Rows of text that state facts and ask for them; names are one-word titles found in the text."""
+
+    def __init__(self, tokenizer: Tokenizer, documents: list[str], stream: np.ndarray, seed: int) -> None:
+        titles = {document.split("\n", 1)[0] for document in documents}
+        self.names = sorted(t for t in titles if re.fullmatch(r"[A-Z][a-z]{2,11}", t))
+        self.tokenizer, self.stream, self.random = tokenizer, stream, np.random.default_rng(seed)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def draw(self) -> tuple[str, str]:
+        name = self.names[self.random.integers(len(self.names))]
+        return name, " ".join(str(d) for d in self.random.integers(0, 10, 5))
+
+    def text(self, length: int) -> np.ndarray:
+        start = self.random.integers(0, len(self.stream) - length)
+        return self.stream[start : start + length]
+
+    def row(self, length: int) -> np.ndarray:
+        """One to four facts at random places, each asked for once after all were stated."""
+        facts = [self.draw() for _ in range(self.random.integers(1, 5))]
+        stated = [self.ids(f"\nThe secret code of {name} is {code}.\n") for name, code in facts]
+        asked = [self.ids(f"\nQuestion: What is the secret code of {n}? Answer: {c}\n") for n, c in facts]
+        room = length - sum(map(len, stated)) - sum(map(len, asked))
+        cuts = np.sort(self.random.integers(0, room + 1, len(facts)))
+        pieces = np.split(self.text(room), cuts)
+        body = [part for pair in zip(pieces, stated, strict=False) for part in pair]
+        order = self.random.permutation(len(facts))
+        return np.concatenate([*body, pieces[-1], *(asked[i] for i in order)]).astype(np.uint16)
+
+    def question(self, length: int) -> tuple[np.ndarray, list[int]]:
+        """A prompt of exactly `length` tokens with one fact at a random depth, and its answer's tokens."""
+        name, code = self.draw()
+        fact = self.ids(f"\nThe secret code of {name} is {code}.\n")
+        ask = self.ids(f"\nQuestion: What is the secret code of {name}? Answer:")
+        text = self.text(length - len(fact) - len(ask))
+        cut = self.random.integers(0, len(text) + 1)
+        return np.concatenate([text[:cut], fact, text[cut:], ask]), self.ids(" " + code)
+
+
+class Batches:
+    """Rows of length + 1 tokens held on the device, in an order that depends only on the seed."""
+
+    def __init__(
+        self, stream: np.ndarray, facts: np.ndarray, rows: int, fact_rows: int, seed: int, device: str
+    ) -> None:
+        self.stream = torch.from_numpy(stream.astype(np.int32)).to(device)
+        self.facts = torch.from_numpy(facts.astype(np.int32)).to(device)
+        self.width = facts.shape[1]
+        self.rows, self.fact_rows = rows, fact_rows
+        self.random = torch.Generator().manual_seed(seed)
+        self.columns = torch.arange(self.width, device=device)
+        self.starts = torch.empty(0, dtype=torch.long)
+        self.fact_order = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> Tensor:
+        if len(self.starts) < self.rows:
+            phase = int(torch.randint(self.width, (1,), generator=self.random))
+            starts = torch.arange(phase, len(self.stream) - self.width, self.width - 1)
+            self.starts = starts[torch.randperm(len(starts), generator=self.random)]
+        if len(self.fact_order) < self.fact_rows:
+            self.fact_order = torch.randperm(len(self.facts), generator=self.random)
+        starts, self.starts = self.starts[: self.rows], self.starts[self.rows :]
+        chosen, self.fact_order = self.fact_order[: self.fact_rows], self.fact_order[self.fact_rows :]
+        device = self.stream.device
+        text = self.stream[starts.to(device, non_blocking=True)[:, None] + self.columns]
+        return torch.cat((text, self.facts[chosen.to(device, non_blocking=True)])).long()
+
+
+# --- measuring and saving --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -59,7 +169,6 @@ class Record:
     rows: int
     length: int
     fact_share: float
-    answer_weight: float
     learning_rate: float
     warm_up: int
     device: str
@@ -112,6 +221,9 @@ def save(folder: Path, model: Llama, tokenizer: Tokenizer, record: Record) -> No
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+# --- training --------------------------------------------------------------------------------------
+
+
 @dataclass
 class Data:
     """The tokenizer, the training and held-out streams, and the rows of facts."""
@@ -120,7 +232,7 @@ class Data:
     stream: np.ndarray
     held_out: np.ndarray
     bytes_per_token: float
-    facts: tuple[np.ndarray, np.ndarray]
+    fact_rows: np.ndarray
     asker: Facts
 
     @classmethod
@@ -131,7 +243,7 @@ class Data:
         tokenizer = train_tokenizer(documents, vocab_size, sample_bytes=20_000_000)
         stream, held_out = encode(tokenizer, documents), encode(tokenizer, held)
         facts = Facts(tokenizer, documents, stream, args.seed)
-        fact_rows = facts.rows(args.fact_pool, args.length + 1)
+        fact_rows = np.stack([facts.row(args.length + 1) for _ in range(args.fact_pool)])
         print(f"{len(documents)} documents, {len(stream):,} tokens, {len(facts.names)} names; "
               f"data ready in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         bytes_per_token = (sum(len(d.encode()) for d in held) + len(held)) / len(held_out)
@@ -158,13 +270,7 @@ class Trainer:
         )  # fmt: skip
         fact_rows = round(args.rows * args.fact_share)
         self.batches = Batches(
-            self.data.stream,
-            self.data.facts,
-            args.rows - fact_rows,
-            fact_rows,
-            args.answer_weight,
-            args.seed,
-            self.device,
+            self.data.stream, self.data.fact_rows, args.rows - fact_rows, fact_rows, args.seed, self.device
         )
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
         self.record = Record(
@@ -175,7 +281,6 @@ class Trainer:
             rows=args.rows,
             length=args.length,
             fact_share=args.fact_share,
-            answer_weight=args.answer_weight,
             learning_rate=args.learning_rate,
             warm_up=args.warm_up,
             device=torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
@@ -194,7 +299,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step, steps)
         with self.autocast:
-            value = self.loss(*self.batches.next())
+            value = self.loss(self.batches.next())
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -259,7 +364,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=128, help="rows in a batch")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a row")
     parser.add_argument("--fact-share", type=float, default=0.125, help="share of rows with facts")
-    parser.add_argument("--answer-weight", type=float, default=10.0, help="what an answer's token counts")
     parser.add_argument("--fact-pool", type=int, default=32768, help="how many rows with facts to make")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak")
     parser.add_argument("--warm-up", type=int, default=200, help="steps")

@@ -17,7 +17,6 @@ def table(record: dict) -> str:
             f"{record['tokens_seen'] / 1e9:.2f} billion, of {record['train_tokens'] / 1e6:.1f} million",
         ),
         ("rows in a batch × tokens in a row", f"{record['rows']} × {record['length']}"),
-        ("weight of an answer's tokens", f"{record.get('answer_weight', 1.0):g}"),
         ("peak learning rate", f"{record['learning_rate']:g}"),
         (
             "time and machine",
