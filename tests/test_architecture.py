@@ -304,8 +304,8 @@ class TestTheChecksThemselves:
         assert environment_reads(found[0]) == ["tq_mcp.a:2"]
 
     def test_a_package_that_is_not_there_is_missed(self, tmp_path: Path) -> None:
-        code = WITHOUT.replace("{blocked}", "{'json'}").replace("{packages}", "['json']")
-        assert "No module named 'json'" in run_python(code, tmp_path).stderr
+        code = WITHOUT.replace("{blocked}", "{'wave'}").replace("{packages}", "['wave']")
+        assert "No module named 'wave'" in run_python(code, tmp_path).stderr
 
     def test_a_side_effect_is_found(self, tmp_path: Path) -> None:
         patched = SIDE_EFFECTS.replace("IMPORT", "mlx.nn.Linear.__call__ = len; mlx_lm.load = len")
