@@ -8,6 +8,7 @@ parameters with random weights. On a CPU both sides compute in float32, MLX's fa
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -74,7 +75,7 @@ def speed_of_ours(model: nn.Module, tokenizer: Any, prompt: list[int], tokens: i
 
 
 def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) -> list[dict[str, Any]]:
-    """Rows of affine and TurboQuant, each the best of ROUNDS turns taken one after another."""
+    """Rows of affine and TurboQuant, each the median of ROUNDS turns, taken one after another."""
     theirs = mlx_lm_affine(path)
     prompt = [101 + (7919 * i) % 4000 for i in range(prompt_tokens)]
     ours: dict[int, tuple[nn.Module, Any]] = {}
@@ -88,15 +89,15 @@ def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) 
         for bits, loaded in ours.items():
             metal_kernels.reset_paths()
             turbo[bits].append(speed_of_ours(*loaded, prompt, tokens))
-    base = _best(affine)
+    base = _median(affine)
     path_name = metal_kernels.kernel_path()
     return [_row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")] + [
-        _row(name, prompt_tokens, "turboquant", bits, _best(turbo[bits]), base, path_name) for bits in turbo
+        _row(name, prompt_tokens, "turboquant", bits, _median(turbo[bits]), base, path_name) for bits in turbo
     ]
 
 
-def _best(turns: list[tuple[float, float]]) -> tuple[float, float]:
-    return max(t[0] for t in turns), max(t[1] for t in turns)
+def _median(turns: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(t[0] for t in turns), statistics.median(t[1] for t in turns)
 
 
 def _row(

@@ -13,9 +13,10 @@ from metal_kernels.dispatch import (
     use_backend,
 )
 from metal_kernels.errors import KernelError, ShapeError
+from metal_kernels.experts import Experts, expert_matmul
 from metal_kernels.hadamard import rotate, unrotate
 from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
-from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, matmul, split
+from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul, split
 from metal_kernels.quantize import dequantize, quantize
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Backend",
     "CacheCode",
     "DenseWeight",
+    "Experts",
     "KernelError",
     "Mask",
     "PackedWeight",
@@ -36,6 +38,8 @@ __all__ = [
     "bits_of",
     "dequantize",
     "device",
+    "embed",
+    "expert_matmul",
     "groups",
     "hadamard_block",
     "kernel_path",

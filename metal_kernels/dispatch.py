@@ -22,7 +22,18 @@ _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": frozenset(),
     "cuda": frozenset(),
     "cpu": frozenset(
-        {"rotate", "quantize", "matmul", "dense", "affine", "attention", "packed_attention", "pack_cache", "swiglu"}
+        [
+            "rotate",
+            "quantize",
+            "matmul",
+            "dense",
+            "affine",
+            "expert_matmul",
+            "attention",
+            "packed_attention",
+            "pack_cache",
+            "swiglu",
+        ]
     ),
 }
 

@@ -17,8 +17,10 @@ from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
 from metal_kernels.dispatch import active_backend, has_kernel, record
 from metal_kernels.errors import ShapeError
-from metal_kernels.hadamard import check_rotation, rotate
+from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
+
+Rows = NDArray[np.float32]
 
 
 class PackedWeight:
@@ -69,6 +71,10 @@ class PackedWeight:
         packed, scales = restore(self._lanes)
         return mx.array(packed), mx.array(scales)
 
+    def values(self, dtype: mx.Dtype) -> mx.array:
+        """The rotated matrix (out, width) that the codes stand for."""
+        return reference.dequantize(*self.canonical(), self.codebook, dtype)
+
     def times(self, x: mx.array) -> mx.array:
         """See `matmul`."""
         if self._lanes is None:
@@ -76,8 +82,27 @@ class PackedWeight:
             rotated = rotate(x, self.signs, self.block)
             return reference.matmul(rotated, self._packed, self._scales, self.codebook)
         record("cpu", "matmul")
-        rows = rotate_rows(rows_float32(x), self._signs, self.block, self._lanes.padded)
-        return _back(packed_product(rows, self._lanes), x)
+        return rows_to_array(self.product(self.prepare(rows_float32(x))), x)
+
+    def take(self, rows: mx.array) -> mx.array:
+        """See `embed`."""
+        if self._lanes is None:
+            chosen = reference.dequantize(self._packed[rows], self._scales[rows], self.codebook)
+        else:
+            packed, scales = restore(self._lanes.take(view(rows).reshape(-1)))
+            flat = reference.dequantize(mx.array(packed), mx.array(scales), self.codebook)
+            chosen = flat.reshape(*rows.shape, self.shape[1])
+        return unrotate(chosen, self.signs, self.block)
+
+    def prepare(self, rows: Rows) -> Rows:
+        """On a CPU: rows (n, width) of activations, rotated and padded, as `product` takes them."""
+        assert self._lanes is not None
+        return rotate_rows(rows, self._signs, self.block, self._lanes.padded)
+
+    def product(self, prepared: Rows) -> Rows:
+        """On a CPU: (n, out) of what `prepare` returned."""
+        assert self._lanes is not None
+        return packed_product(prepared, self._lanes)
 
 
 class DenseWeight:
@@ -91,13 +116,30 @@ class DenseWeight:
         if has_kernel("dense"):
             self._padded = pad_dense(view(weight))
 
+    def values(self, dtype: mx.Dtype) -> mx.array:
+        """The matrix (out, width)."""
+        return self._weight.astype(dtype)
+
+    def take(self, rows: mx.array) -> mx.array:
+        """See `embed`."""
+        return self._weight[rows]
+
     def times(self, x: mx.array) -> mx.array:
         """x (..., width) times the transposed weight: (..., out) in x's dtype."""
         if self._padded is None:
             record("reference", "dense")
             return x @ self._weight.T
         record("cpu", "dense")
-        return _back(dense_product(rows_float32(x), self._padded, self.shape[0]), x)
+        return rows_to_array(self.product(rows_float32(x)), x)
+
+    def prepare(self, rows: Rows) -> Rows:
+        """On a CPU: rows (n, width) of activations as `product` takes them: as they are."""
+        return rows
+
+    def product(self, prepared: Rows) -> Rows:
+        """On a CPU: (n, out)."""
+        assert self._padded is not None
+        return dense_product(prepared, self._padded, self.shape[0])
 
 
 class AffineWeight:
@@ -109,12 +151,24 @@ class AffineWeight:
         self.nbytes = packed.nbytes + scales.nbytes + biases.nbytes
         self._arrays = (packed, scales, biases)
 
+    def values(self, dtype: mx.Dtype) -> mx.array:
+        """The matrix (out, width) that the codes stand for."""
+        return mx.dequantize(*self._arrays, group_size=self.group_size, bits=self.bits).astype(dtype)
+
     def times(self, x: mx.array) -> mx.array:
         """x (..., width) times the transposed weight: (..., out) in x's dtype."""
         if not has_kernel("affine"):
             return mx.quantized_matmul(x, *self._arrays, transpose=True, group_size=self.group_size, bits=self.bits)
+        return rows_to_array(self.product(rows_float32(x)), x)
+
+    def prepare(self, rows: Rows) -> Rows:
+        """On a CPU: rows (n, width) of activations as `product` takes them: as they are."""
+        return rows
+
+    def product(self, prepared: Rows) -> Rows:
+        """On a CPU: (n, out)."""
         packed, scales, biases = (view(a if a.dtype == mx.uint32 else a.astype(mx.float32)) for a in self._arrays)
-        return _back(affine_product(rows_float32(x), packed, scales, biases, self.bits), x)
+        return affine_product(prepared, packed, scales, biases, self.bits)
 
 
 Weight = PackedWeight | DenseWeight | AffineWeight
@@ -133,6 +187,14 @@ def matmul(x: mx.array, weight: Weight) -> mx.array:
     return weight.times(x)
 
 
+def embed(tokens: mx.array, weight: DenseWeight | PackedWeight) -> mx.array:
+    """Rows of a weight (out, width), in the original domain, that `tokens`, integers of any shape, choose.
+
+    Returns (*tokens.shape, width), float32 for packed weights, otherwise in the weight's dtype.
+    """
+    return weight.take(tokens)
+
+
 def split(y: mx.array, ends: Sequence[int]) -> list[mx.array]:
     """The parts of y's last axis between `ends`, as `mx.split` gives them.
 
@@ -143,5 +205,6 @@ def split(y: mx.array, ends: Sequence[int]) -> list[mx.array]:
     return [mx.array(part) for part in np.split(view(y), list(ends), axis=-1)]
 
 
-def _back(rows: NDArray[np.float32], x: mx.array) -> mx.array:
+def rows_to_array(rows: Rows, x: mx.array) -> mx.array:
+    """Rows (n, out) as an array of x's dtype, with x's axes but the last."""
     return mx.array(rows).reshape(*x.shape[:-1], rows.shape[-1]).astype(x.dtype)

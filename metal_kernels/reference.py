@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -104,6 +105,14 @@ def dequantize(
 def matmul(x: mx.array, packed: mx.array, scales: mx.array, codebook: tuple[float, ...]) -> mx.array:
     """x (..., width), already rotated, times the transposed packed matrix (out, width): (..., out)."""
     return x @ dequantize(packed, scales, codebook, x.dtype).T
+
+
+def expert_matmul(x: mx.array, values: Sequence[mx.array], indices: mx.array) -> mx.array:
+    """x (..., rows, width), already rotated, times the transposed matrices (out, width) that `indices` choose.
+
+    The axes of x before the last two broadcast to those of indices: (*indices.shape, rows, out).
+    """
+    return mx.gather_mm(x, mx.stack(list(values)).swapaxes(-1, -2), rhs_indices=indices)
 
 
 def cache_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:

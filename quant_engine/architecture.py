@@ -4,34 +4,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
-from quant_engine.safetensors_file import TensorInfo
-
-SUPPORTED = ("llama", "mistral", "qwen2")
-"""Values of `model_type` whose conversion is proven by tests."""
+from quant_engine.parameters import Parameters
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parameters of a model by name with their shapes, and the paths of its linear layers in order."""
+    """The parameters of a model by name with their shapes, the number of its layers, and paths of modules in order.
+
+    linear: linear layers. experts: those of mixtures, one for all experts. embeddings: of tokens.
+    """
 
     parameters: Mapping[str, tuple[int, ...]]
+    layers: int
     linear: tuple[str, ...]
+    experts: tuple[str, ...]
+    embeddings: tuple[str, ...]
 
-    def check(self, tensors: Mapping[str, TensorInfo], unused: set[str]) -> None:
-        """Raise CorruptCheckpointError unless the tensors, but for the unused, are the parameters."""
-        missing = sorted(set(self.parameters) - set(tensors))
-        extra = sorted(set(tensors) - set(self.parameters) - unused)
+    def check(self, found: Parameters) -> None:
+        """Raise CorruptCheckpointError unless a checkpoint's parameters are these."""
+        missing = sorted(set(self.parameters) - set(found))
+        extra = sorted(set(found) - set(self.parameters))
         wrong = [f"{len(missing)} tensors are missing, the first {missing[0]}"] if missing else []
         wrong += [f"{len(extra)} do not belong to it, the first {extra[0]}"] if extra else []
         wrong += [
-            f"{name} is {list(tensors[name].shape)} and the config makes it {list(shape)}"
+            f"{name} is {list(found[name].shape)} and the config makes it {list(shape)}"
             for name, shape in self.parameters.items()
-            if name in tensors and tensors[name].shape != shape
+            if name in found and found[name].shape != shape
         ]
         if wrong:
             raise CorruptCheckpointError(
@@ -41,12 +44,12 @@ class Architecture:
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config. Raises UnsupportedModelError where it is not among SUPPORTED."""
+    """The architecture of a config. Raises UnsupportedModelError where mlx-lm has no model for it."""
     kind = config.get("model_type")
-    if kind not in SUPPORTED:
-        known = " (mlx-lm has it; its conversion is not proven yet)" if adapter.supports(config) else ""
+    if not isinstance(kind, str) or not adapter.supports(config):
         raise UnsupportedModelError(
-            f"model_type {kind!r} cannot be converted{known}; those that can are {', '.join(SUPPORTED)}"
+            f"model_type {kind!r} is none that mlx-lm has a model for, so it can be neither converted nor run; "
+            "give a language model in safetensors, or update mlx-lm"
         )
     try:
         model = adapter.build(config)
@@ -55,13 +58,10 @@ def describe(config: Mapping[str, Any]) -> Architecture:
             f"config.json does not describe a {kind} model: {error}; download it again"
         ) from error
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    return Architecture(shapes, tuple(adapter.linear_modules(model)))
-
-
-def unused_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Names that mlx-lm's model drops when it loads, such as a tied output projection stored twice."""
-    model: Any = adapter.build(config)
-    if not hasattr(model, "sanitize"):
-        return set()
-    kept = model.sanitize({name: mx.zeros(info.shape) for name, info in tensors.items()})
-    return set(tensors) - set(kept)
+    return Architecture(
+        shapes,
+        adapter.layer_count(model),
+        tuple(adapter.linear_modules(model)),
+        tuple(adapter.expert_modules(model)),
+        tuple(adapter.linear_modules(model, (nn.Embedding,))),
+    )

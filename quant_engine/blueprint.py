@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from quant_engine import architecture, rotation
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError, UnsupportedModelError
-from quant_engine.manifest import METHOD, ModuleEntry
-from quant_engine.policy import decide
-from quant_engine.safetensors_file import FLOATS, TensorInfo, TensorSpec, assign_shards, file_bytes
+from quant_engine.manifest import ModuleEntry
+from quant_engine.parameters import Parameter, Parameters
+from quant_engine.policy import Policy
+from quant_engine.safetensors_file import FLOATS, TensorSpec, assign_shards, file_bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Names of the dtypes that kept weights can be given, and the file format's."""
@@ -35,7 +36,7 @@ class Blueprint:
     @property
     def quantized_parameters(self) -> int:
         """Weights that are quantized."""
-        return sum(entry.shape[0] * entry.shape[1] for entry in self.modules.values())
+        return sum(math.prod(entry.shape) for entry in self.modules.values())
 
     @property
     def quantized_bytes(self) -> int:
@@ -60,76 +61,57 @@ def packed_tensors(path: str, entry: ModuleEntry) -> list[TensorSpec]:
 
 def draw(
     config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
+    found: Parameters,
     recipe: QuantConfig,
     *,
     dtype: str | None = None,
     keep_unfitting: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Blueprint:
-    """The blueprint of converting a model, given its config.json and its tensors' headers.
+    """The blueprint of converting a model, given its config.json and its parameters.
 
     Raises UnsupportedModelError, CorruptCheckpointError where config and tensors contradict each other, and
     RecipeError where the recipe does not fit the model's widths.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r}; choose one of {', '.join(DTYPES)}, or none to keep each as it is")
-    check_not_quantized(config)
     model = architecture.describe(config)
-    unused = architecture.unused_tensors(config, tensors)
-    model.check(tensors, unused)
-    linear = set(model.linear)
+    model.check(found)
+    policy = Policy(recipe, str(config["model_type"]), model.layers)
+    layers = {*model.linear, *model.experts, *model.embeddings}
     modules: dict[str, ModuleEntry] = {}
-    excluded = {_module(name): "not used by the model, not copied" for name in sorted(unused)}
+    excluded = {_module(name): "not used by the model, not copied" for name in sorted(found.unused)}
     kept: dict[str, TensorSpec] = {}
     written: list[list[TensorSpec]] = []
-    for name, info in tensors.items():
+    for name, parameter in found.items():
         path = _module(name)
-        if name in unused:
-            continue
-        if path in linear and name == f"{path}.weight":
-            decision = decide(path, info.shape, recipe, keep_unfitting=keep_unfitting)
+        if path in layers and name == f"{path}.weight":
+            decision = policy.decide(path, parameter.shape, keep_unfitting=keep_unfitting)
             if decision.quantize:
-                modules[path] = _entry(info, recipe, decision.bits)
+                modules[path] = _entry(parameter, recipe, decision.bits)
                 written.append(packed_tensors(path, modules[path]))
                 continue
             excluded[path] = decision.reason
-        elif path not in linear:
-            excluded[path] = decide(path, info.shape, recipe, keep_unfitting=True).reason or "not a linear layer"
-        kept[name] = TensorSpec(name, DTYPES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape)
+        elif path not in layers:
+            excluded[path] = policy.decide(path, parameter.shape, keep_unfitting=True).reason or "not a linear layer"
+        own = parameter.dtype
+        kept[name] = TensorSpec(name, DTYPES[dtype] if dtype and own in FLOATS else own, parameter.shape)
         written.append([kept[name]])
     parameters = sum(math.prod(shape) for shape in model.parameters.values())
     return Blueprint(modules, excluded, kept, assign_shards(written, max_shard_bytes), parameters)
-
-
-def check_not_quantized(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a model is quantized already, naming how."""
-    block: Any = config.get("quantization") or config.get("quantization_config")
-    if not block:
-        return
-    settings = cast(dict[str, Any], block) if isinstance(block, dict) else {"quant_method": block}
-    method = str(settings.get("quant_method") or settings.get("mode") or "affine")
-    if method == METHOD:
-        raise UnsupportedModelError(
-            "this model was converted by TurboQuant already; run it as it is, or convert the "
-            "original model with another recipe"
-        )
-    raise UnsupportedModelError(
-        f"this model is quantized already ({method}); quantizing twice would lose more: give "
-        "the original model in float16, bfloat16 or float32"
-    )
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _entry(weight: TensorInfo, recipe: QuantConfig, bits: int) -> ModuleEntry:
+def _entry(weight: Parameter, recipe: QuantConfig, bits: int) -> ModuleEntry:
     if weight.dtype not in FLOATS:
         raise UnsupportedModelError(
             f"tensor {weight.name} is {weight.dtype}; weights must be {', '.join(FLOATS)}: give "
             "the original, unquantized model"
         )
-    out, width = weight.shape
-    block = rotation.choose_block(width, recipe.rotation)
-    return ModuleEntry(bits, recipe.group_size, block, (out, width), recipe.use_qjl)
+    block = rotation.choose_block(weight.shape[-1], recipe.rotation)
+    if recipe.use_qjl and len(weight.shape) > 2:
+        raise RecipeError(f"{weight.name} holds the weights of experts, for which QJL is not available; leave QJL off")
+    return ModuleEntry(bits, recipe.group_size, block, weight.shape, recipe.use_qjl)

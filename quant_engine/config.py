@@ -7,6 +7,8 @@ from typing import Any, Self
 from quant_engine.errors import RecipeError
 
 WEIGHT_BITS = (2, 3, 4)
+MODULE_BITS = (*WEIGHT_BITS, 16)
+"""Widths that single modules can be given; 16 leaves them as they came."""
 CACHE_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (0, 32, 64, 128)
 ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
@@ -39,7 +41,13 @@ class QuantConfig(_Recipe):
     input, 0 for one scale a row. rotation: "hadamard" (whole rows), "blockwise_hadamard", "none", or "auto",
     the first that fits. scale: "search" minimises each group's squared error, "rms" takes its root mean
     square. use_qjl: one more bit a weight for an unbiased correction (see `residual`). seed: of the random
-    signs. Raises RecipeError for values outside these.
+    signs.
+
+    Widths of their own, 2, 3, 4, or 16 for as it came: attn_bits, mlp_bits, expert_bits (experts' gate and up
+    projections, and down unless expert_down_bits says otherwise), embed_bits and head_bits (embeddings and output
+    projection, left as they came by default). skip: modules left as they came; bits_for: (pattern, bits) for modules,
+    the last that matches counts; patterns as in a shell, matched against a module's path. protect_layers: layers at
+    each end left as they came. Raises RecipeError for values outside these.
     """
 
     bits: int = 3
@@ -49,9 +57,25 @@ class QuantConfig(_Recipe):
     use_qjl: bool = False
     seed: int = 0
     code: str = "lloyd_max"
+    attn_bits: int | None = None
+    mlp_bits: int | None = None
+    expert_bits: int | None = None
+    expert_down_bits: int | None = None
+    embed_bits: int | None = None
+    head_bits: int | None = None
+    skip: tuple[str, ...] = ()
+    bits_for: tuple[tuple[str, int], ...] = ()
+    protect_layers: int = 0
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, WEIGHT_BITS)
+        for name in ("attn_bits", "mlp_bits", "expert_bits", "expert_down_bits", "embed_bits", "head_bits"):
+            _check(name, getattr(self, name), (None, *MODULE_BITS))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "bits_for", tuple((str(pattern), bits) for pattern, bits in self.bits_for))
+        for pattern, bits in self.bits_for:
+            _check(f"bits_for {pattern}", bits, MODULE_BITS)
+        _check_count("protect_layers", self.protect_layers)
         _check("group_size", self.group_size, GROUP_SIZES)
         _check("rotation", self.rotation, ROTATIONS)
         _check("scale", self.scale, SCALES)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from quant_engine import blueprint
 from quant_engine.blueprint import Blueprint
@@ -19,14 +17,13 @@ from quant_engine.errors import OutputError, RecipeError
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.model_card import licence, model_card
 from quant_engine.output_folder import atomic_folder
+from quant_engine.parameters import Parameters
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import CHUNK_VALUES, quantize_weight
 from quant_engine.safetensors_file import (
     SafetensorsWriter,
-    TensorInfo,
     TensorSpec,
     check_finite,
-    decode,
     index_json,
 )
 from quant_engine.source import ALLOWED_FILES, INDEX, Source, file_sha256, resolve
@@ -96,9 +93,10 @@ def convert(
     target = Path(output).expanduser().absolute()
     if target.resolve() == origin.path.resolve():
         raise OutputError(f"{target} is the source itself; choose another output")
+    found = Parameters(origin.config, origin.tensors)
     drawn = blueprint.draw(
         origin.config,
-        origin.tensors,
+        found,
         recipe,
         dtype=dtype,
         keep_unfitting=keep_unfitting,
@@ -107,7 +105,7 @@ def convert(
     extra = _extra_files(origin)
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
     with atomic_folder(target, size_bytes=size, overwrite=overwrite) as folder:
-        _write_weights(folder, origin, drawn, recipe, progress)
+        _write_weights(folder, found, drawn, recipe, progress)
         _write_rest(folder, target.name, origin, drawn, recipe, dtype, extra)
         files = [_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
@@ -151,53 +149,64 @@ class _Meter:
         self._progress(self._done, self._total, name)
 
 
-def _write_weights(folder: Path, source: Source, drawn: Blueprint, recipe: QuantConfig, progress: Progress) -> None:
-    total = sum(info.nbytes for info in source.tensors.values())
+def _write_weights(folder: Path, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress) -> None:
+    total = sum(parameter.nbytes for parameter in found.values())
     meter = _Meter(progress, total)
     for file, specs in drawn.shards.items():
         with SafetensorsWriter(folder / file, specs) as writer:
             for spec in specs:
                 path = spec.name.rpartition(".")[0]
                 if spec.name in drawn.kept:
-                    _copy(writer, source.tensors[spec.name], spec, meter)
+                    _copy(writer, found, spec, meter)
                 elif spec.name == f"{path}.weight":
-                    _quantize(writer, path, source.tensors[spec.name], drawn.modules[path], recipe, meter)
+                    _quantize(writer, path, found, drawn.modules[path], recipe, meter)
     if len(drawn.shards) > 1:
         (folder / INDEX).write_text(index_json(drawn.shards))
     progress(total, total, "weights written")
 
 
 def _quantize(
-    writer: SafetensorsWriter, path: str, info: TensorInfo, entry: ModuleEntry, recipe: QuantConfig, meter: _Meter
+    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: _Meter
 ) -> None:
-    out, width = info.shape
+    weight = found[f"{path}.weight"]
+    out, width = weight.matrix
     step = max(1, CHUNK_VALUES // width)
     for first in range(0, out, step):
         last = min(first + step, out)
-        part = quantize_weight(info.rows(first, last), recipe, entry.bits)
+        part = quantize_weight(found.rows(weight.name, first, last), recipe, entry.bits)
         writer.write(f"{path}.weight", part.packed)
         writer.write(f"{path}.scales", part.scales)
         if part.residual is not None:
             writer.write(f"{path}.qjl_signs", part.residual.signs)
             writer.write(f"{path}.qjl_norms", part.residual.norms)
-        meter.add(info.nbytes * (last - first) // out, path)
+        meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
 
 
-def _copy(writer: SafetensorsWriter, info: TensorInfo, spec: TensorSpec, meter: _Meter) -> None:
-    for piece in info.chunks():
-        check_finite(piece, info)
-        writer.write(spec.name, piece if spec.dtype == info.dtype else _cast(piece, info, spec.dtype))
-        meter.add(piece.nbytes, info.name)
+def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: _Meter) -> None:
+    parameter = found[spec.name]
+    info = parameter.stored
+    if info and spec.dtype == info.dtype:
+        for piece in info.chunks():
+            check_finite(piece, info)
+            writer.write(spec.name, piece)
+            meter.add(piece.nbytes, spec.name)
+        return
+    count, width = parameter.matrix
+    step = max(1, CHUNK_VALUES // max(1, width))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        writer.write(spec.name, _cast(found.rows(spec.name, first, last), spec))
+        meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
 
 
-def _cast(piece: NDArray[np.uint8], info: TensorInfo, dtype: str) -> mx.array:
-    values = decode(piece, info.dtype).astype(_MLX_DTYPES[dtype])
-    if not mx.all(mx.isfinite(values)):
+def _cast(values: mx.array, spec: TensorSpec) -> mx.array:
+    cast = values.astype(_MLX_DTYPES[spec.dtype])
+    if not mx.all(mx.isfinite(cast)):
         raise RecipeError(
-            f"tensor {info.name} has values beyond the range of {dtype}; use bfloat16 or float32, or leave "
+            f"tensor {spec.name} has values beyond the range of {spec.dtype}; use bfloat16 or float32, or leave "
             "the dtype as it is"
         )
-    return values.view(mx.uint16) if dtype == "BF16" else values
+    return cast.view(mx.uint16) if spec.dtype == "BF16" else cast
 
 
 def _extra_files(source: Source) -> list[Path]:

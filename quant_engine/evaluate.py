@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import metal_kernels
+from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.loader import load_source, load_tokenizer
 from quant_engine.manifest import Manifest
 from quant_engine.perplexity import Estimate, difference, perplexity, windows
+from quant_engine.policy import Policy
 from quant_engine.progress import Progress, silent
 from quant_engine.prompt import check_context
 from quant_engine.score import Score, logits_array, score
@@ -141,7 +143,8 @@ def _of_float(
     config = recipes[0].config if recipes else QuantConfig()
     model = load_source(source, fuse=False)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
-    full = FloatModel(model, source.size_bytes, config)
+    policy = Policy(config, str(source.config["model_type"]), adapter.layer_count(model))
+    full = FloatModel(model, source.size_bytes, policy)
     steps = Steps(progress, len(recipes) * len(full) + (len(recipes) + 1) * len(cut))
     made = [full.quantized(r, lambda label=r.label: steps.add(f"quantizing: {label}")) for r in recipes]
     return [full.variant(), *made], steps

@@ -1,11 +1,11 @@
-"""Linear layers over the weights of `metal_kernels`: TurboQuant, dense and affine, alone or sharing an input."""
+"""Linear layers over the weights of `metal_kernels`: TurboQuant, dense and affine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import AffineWeight, DenseWeight, PackedWeight, Weight, matmul, split
+from metal_kernels import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul
 from quant_engine import residual, rotation
 from quant_engine.quantizer import QuantizedWeight
 
@@ -97,62 +97,19 @@ def packed_weight(parts: Sequence[QuantizedWeight]) -> PackedWeight:
     return PackedWeight(packed, scales, first.codebook, signs, first.block)
 
 
-class SharedInput:
-    """Several layers that read the same input, computed as one product when the first of them is called.
+class FastEmbedding(nn.Module):
+    """Token embeddings (vocabulary, width), also used as the output projection where they are tied.
 
-    The results wait for their layers, which must be called with the very same array; a layer called with another
-    starts a new product.
+    dtype: of the activations.
     """
 
-    def __init__(self, linear: FastLinear, rows: Sequence[int]) -> None:
-        self._linear = linear
-        self._ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
-        self._input: mx.array | None = None
-        self._waiting: dict[int, mx.array] = {}
-
-    def take(self, x: mx.array, part: int) -> mx.array:
-        """The output rows of layer `part` for input x."""
-        if self._input is not x or part not in self._waiting:
-            self._waiting = dict(enumerate(self._parts(self._linear(x))))
-            self._input = x
-        y = self._waiting.pop(part)
-        if not self._waiting:
-            self._input = None
-        return y
-
-    def _parts(self, y: mx.array) -> list[mx.array]:
-        lazy = "bias" in self._linear  # the sum is not computed yet, and is best left to be
-        return y.split(tuple(self._ends), axis=-1) if lazy else split(y, self._ends)
-
-
-class Branch(nn.Module):
-    """One layer of a `SharedInput`."""
-
-    def __init__(self, take: Callable[[mx.array, int], mx.array], part: int) -> None:
-        super().__init__()
-        self._take, self._part = take, part
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._take(x, self._part)
-
-
-def branches(linear: FastLinear, rows: Sequence[int]) -> list[Branch]:
-    """The layers, of the given output rows in order, that a stacked layer computes together."""
-    shared = SharedInput(linear, rows)
-    return [Branch(shared.take, part) for part in range(len(rows))]
-
-
-class FastEmbedding(nn.Module):
-    """Token embeddings (vocabulary, width), also used as the output projection where they are tied."""
-
-    def __init__(self, weight: mx.array, dtype: mx.Dtype) -> None:
+    def __init__(self, weight: DenseWeight | PackedWeight, dtype: mx.Dtype) -> None:
         super().__init__()
         self._weight, self._dtype = weight, dtype
-        self._head = DenseWeight(weight)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self._weight[tokens].astype(self._dtype)
+        return embed(tokens, self._weight).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., vocabulary) of hidden states (..., width)."""
-        return matmul(x, self._head)
+        return matmul(x, self._weight)

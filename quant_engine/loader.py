@@ -9,23 +9,23 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 import metal_kernels
-from metal_kernels import AffineWeight
+from metal_kernels import AffineWeight, DenseWeight
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine import residual
 from quant_engine.errors import RecipeError
+from quant_engine.experts import DenseExperts, TurboQuantExperts
 from quant_engine.linear import (
     AffineLinear,
-    Branch,
     DenseLinear,
     FastEmbedding,
     FastLinear,
     TurboQuantLinear,
-    branches,
     packed_weight,
 )
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight
+from quant_engine.shared_input import Branch, branches, stack_biases
 from quant_engine.source import Source, resolve
 
 DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -62,9 +62,10 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
     manifest = Manifest.from_config(source.config)
     on_cpu = metal_kernels.device() == "cpu"
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
-    model = adapter.load_float(source.path) if manifest is None else _load_converted(source, manifest, fuse)
+    active = chosen or mx.float16
+    model = adapter.load_float(source.path) if manifest is None else _load_converted(source, manifest, active, fuse)
     if on_cpu:
-        _use_cpu_layers(model, chosen or mx.float32, fuse)
+        _use_cpu_layers(model, active, fuse)
     if chosen is not None:
         _cast(model, chosen)
     adapter.route(model)
@@ -82,53 +83,51 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
     """Put this project's layers where MLX's own CPU products would be many times slower."""
     layers = cast(dict[str, nn.Linear], adapter.linear_modules(model))
-    groups = adapter.shared_inputs(layers) if fuse else []
-    fused = {path for group in groups for path in group}
     replacements: dict[str, nn.Module] = {}
-    for group in groups:
-        parts = [layers[path] for path in group]
-        stacked = DenseLinear(
-            mx.concatenate([p.weight for p in parts]),
-            _stack_biases([adapter.bias_of(p) for p in parts], [p.weight.shape[0] for p in parts]),
-        )
-        replacements |= zip(group, branches(stacked, [p.weight.shape[0] for p in parts]), strict=True)
+    for group in adapter.shared_inputs(layers) if fuse else []:
+        parts = [layers.pop(path) for path in group]
+        rows = [part.weight.shape[0] for part in parts]
+        bias = stack_biases([adapter.bias_of(part) for part in parts], rows)
+        stacked = DenseLinear(mx.concatenate([part.weight for part in parts]), bias)
+        replacements |= zip(group, branches(stacked, rows), strict=True)
     for path, layer in layers.items():
-        if path not in fused:
-            replacements[path] = DenseLinear(layer.weight, adapter.bias_of(layer))
+        replacements[path] = DenseLinear(layer.weight, adapter.bias_of(layer))
+    for path, module in adapter.expert_modules(model).items():
+        replacements[path] = DenseExperts(cast(mx.array, module["weight"]), adapter.bias_of(module))
     for path, module in adapter.linear_modules(model, (nn.QuantizedLinear,)).items():
         layer = cast(nn.QuantizedLinear, module)
         if layer.mode == "affine":
-            weight = AffineWeight(
-                layer.weight, layer.scales, cast(mx.array, layer["biases"]), layer.bits, layer.group_size
-            )
+            biases = cast(mx.array, layer["biases"])
+            weight = AffineWeight(layer.weight, layer.scales, biases, layer.bits, layer.group_size)
             replacements[path] = AffineLinear(weight, adapter.bias_of(layer))
     for path, module in adapter.linear_modules(model, (nn.Embedding,)).items():
-        replacements[path] = FastEmbedding(cast(nn.Embedding, module).weight, dtype)
+        replacements[path] = FastEmbedding(DenseWeight(cast(nn.Embedding, module).weight), dtype)
     adapter.replace_modules(model, replacements)
 
 
-def _stack_biases(biases: list[mx.array | None], rows: list[int]) -> mx.array | None:
-    if all(b is None for b in biases):
-        return None
-    return mx.concatenate(
-        [mx.zeros(n) if b is None else b.astype(mx.float32) for b, n in zip(biases, rows, strict=True)]
-    )
-
-
-def _load_converted(source: Source, manifest: Manifest, fuse: bool) -> nn.Module:
+def _load_converted(source: Source, manifest: Manifest, dtype: mx.Dtype, fuse: bool) -> nn.Module:
     tensors: dict[str, mx.array] = {}
     for shard in source.shards:
         tensors |= cast(dict[str, mx.array], mx.load(str(shard)))
     model = adapter.build(source.config)
-    groups = adapter.shared_inputs(manifest.modules) if fuse else []
+    embeddings = adapter.linear_modules(model, (nn.Embedding,))
     layers: dict[str, nn.Module] = {}
-    for group in groups:
+    for group in adapter.shared_inputs(manifest.modules) if fuse else []:
         entries = [manifest.modules[path] for path in group]
         if all(_alike(entries[0], entry) for entry in entries):
             layers |= zip(group, _fused(group, manifest, tensors), strict=True)
-    for path in manifest.modules:
-        if path not in layers:
-            layers[path] = TurboQuantLinear.from_quantized(*_take(path, manifest, tensors))
+    for path, entry in manifest.modules.items():
+        if path in embeddings:
+            ((weight,), _) = _take(path, manifest, tensors)
+            layers[path] = FastEmbedding(packed_weight([weight]), dtype)
+        elif path not in layers:
+            weights, bias = _take(path, manifest, tensors)
+            experts = len(entry.shape) == 3
+            layers[path] = (
+                TurboQuantExperts([[w] for w in weights], bias)
+                if experts
+                else TurboQuantLinear.from_quantized(weights[0], bias)
+            )
     adapter.replace_modules(model, dict.fromkeys(layers, nn.Identity()))
     adapter.set_parameters(model, tensors)
     adapter.replace_modules(model, layers)
@@ -136,41 +135,37 @@ def _load_converted(source: Source, manifest: Manifest, fuse: bool) -> nn.Module
 
 
 def _alike(first: ModuleEntry, other: ModuleEntry) -> bool:
-    """Whether two layers' codes can be stacked into one matrix."""
-    return not first.qjl and (first.bits, first.group_size, first.block, first.shape[1], first.qjl) == (
-        other.bits,
-        other.group_size,
-        other.block,
-        other.shape[1],
-        other.qjl,
-    )
+    """Whether two layers' codes can be stacked into one matrix, for each expert if they are experts'."""
+
+    def common(entry: ModuleEntry) -> tuple[object, ...]:
+        *experts, _, width = entry.shape
+        return entry.bits, entry.group_size, entry.block, width, experts
+
+    return not (first.qjl or other.qjl) and common(first) == common(other)
 
 
 def _fused(group: tuple[str, ...], manifest: Manifest, tensors: dict[str, mx.array]) -> list[Branch]:
     taken = [_take(path, manifest, tensors) for path in group]
-    rows = [weight.packed.shape[0] for weight, _ in taken]
-    bias = _stack_biases([bias for _, bias in taken], rows)
-    return branches(FastLinear(packed_weight([weight for weight, _ in taken]), bias), rows)
+    rows = [weights[0].shape[0] for weights, _ in taken]
+    bias = stack_biases([bias for _, bias in taken], rows)
+    stacked = list(zip(*(weights for weights, _ in taken), strict=True))
+    if len(manifest.modules[group[0]].shape) == 3:
+        return branches(TurboQuantExperts(stacked, bias), rows)
+    return branches(FastLinear(packed_weight(stacked[0]), bias), rows)
 
 
-def _take(path: str, manifest: Manifest, tensors: dict[str, mx.array]) -> tuple[QuantizedWeight, mx.array | None]:
-    """Remove a quantized layer's tensors from `tensors` and return it with its bias."""
-    entry = manifest.modules[path]
-    qjl = (
-        residual.Residual(
-            tensors.pop(f"{path}.qjl_signs"), tensors.pop(f"{path}.qjl_norms"), entry.shape[1], manifest.seed
-        )
-        if entry.qjl
-        else None
-    )
-    weight = QuantizedWeight(
-        tensors.pop(f"{path}.weight"),
-        tensors.pop(f"{path}.scales"),
-        manifest.codebook(entry.bits),
-        entry.bits,
-        entry.group_size,
-        manifest.seed,
-        entry.block,
-        qjl,
-    )
-    return weight, tensors.pop(f"{path}.bias", None)
+def _take(path: str, manifest: Manifest, tensors: dict[str, mx.array]) -> tuple[list[QuantizedWeight], mx.array | None]:
+    """Remove a quantized layer's tensors from `tensors`: its weight, or each expert's, and its bias."""
+    entry, seed = manifest.modules[path], manifest.seed
+    codebook = manifest.codebook(entry.bits)
+    packed, scales = tensors.pop(f"{path}.weight"), tensors.pop(f"{path}.scales")
+    errors = None
+    if entry.qjl:
+        signs, norms = tensors.pop(f"{path}.qjl_signs"), tensors.pop(f"{path}.qjl_norms")
+        errors = residual.Residual(signs, norms, entry.shape[1], seed)
+    pairs = [(packed, scales)] if packed.ndim == 2 else [(packed[e], scales[e]) for e in range(packed.shape[0])]
+    weights = [
+        QuantizedWeight(codes, factors, codebook, entry.bits, entry.group_size, seed, entry.block, errors)
+        for codes, factors in pairs
+    ]
+    return weights, tensors.pop(f"{path}.bias", None)

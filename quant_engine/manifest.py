@@ -15,26 +15,26 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """One quantized layer: bits of its codes, their groups, Hadamard block (1: none), (out, in), QJL or not.
+    """One quantized layer: bits of its codes, their groups, Hadamard block (1: none), shape, QJL or not.
 
-    Its tensors are `weight` uint32 (out, in * bits / 32), `scales` float16 (out, groups), with QJL
-    `qjl_signs` uint32 (out, in / 32) and `qjl_norms` float16 (out,), and `bias` as it came, if the layer has
-    one.
+    shape is (out, in), or (experts, out, in). Its tensors are `weight` uint32 (..., out, in * bits / 32), `scales`
+    float16 (..., out, groups), with QJL `qjl_signs` uint32 (out, in / 32) and `qjl_norms` float16 (out,), and `bias`
+    as it came, if the layer has one.
     """
 
     bits: int
     group_size: int
     block: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     qjl: bool = False
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The safetensors dtype and the shape of each of its tensors but the bias, by the name's last part."""
-        out, width = self.shape
+        *out, width = self.shape
         groups = width // self.group_size if self.group_size else 1
         words = width * self.bits // 32
-        packed = {"weight": ("U32", (out, words)), "scales": ("F16", (out, groups))}
-        errors = {"qjl_signs": ("U32", (out, width // 32)), "qjl_norms": ("F16", (out,))}
+        packed = {"weight": ("U32", (*out, words)), "scales": ("F16", (*out, groups))}
+        errors = {"qjl_signs": ("U32", (*out, width // 32)), "qjl_norms": ("F16", (*out,))}
         return cast(dict[str, tuple[str, tuple[int, ...]]], packed | errors if self.qjl else packed)
 
 
@@ -171,12 +171,12 @@ def _check_keys(what: str, values: Mapping[str, Any], expected: set[str]) -> Non
 
 def _entry(path: str, values: Mapping[str, Any]) -> ModuleEntry:
     _check_keys(f"module {path}", values, {field.name for field in fields(ModuleEntry)})
-    out, width = values["shape"]
-    entry = ModuleEntry(values["bits"], values["group_size"], values["block"], (out, width), values["qjl"])
-    numbers = (entry.bits, entry.group_size, entry.block, out, width)
+    entry = ModuleEntry(values["bits"], values["group_size"], values["block"], tuple(values["shape"]), values["qjl"])
+    width = entry.shape[-1] if len(entry.shape) in (2, 3) else 0
+    numbers = (entry.bits, entry.group_size, entry.block, *entry.shape)
     if any(type(n) is not int for n in numbers) or type(entry.qjl) is not bool:
         raise ValueError(f"module {path} has {dict(values)}")
-    if entry.bits not in (1, 2, 3, 4) or out < 1 or width < 1 or width % 32 or entry.block < 1:
+    if entry.bits not in (1, 2, 3, 4) or width < 1 or min(entry.shape) < 1 or width % 32 or entry.block < 1:
         raise ValueError(f"module {path} has {dict(values)}")
     if entry.group_size and (entry.group_size < 0 or width % entry.group_size):
         raise ValueError(f"module {path} has groups of {entry.group_size} in a width of {width}")

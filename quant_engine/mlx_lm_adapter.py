@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import activations, base
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
@@ -49,10 +50,17 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def set_parameters(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
-    """Set all parameters that `model` still has; raises UnsupportedModelError where names do not match."""
-    sanitize = getattr(model, "sanitize", None)
-    named = cast(dict[str, mx.array], sanitize(dict(weights)) if sanitize else dict(weights))
+def sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A checkpoint's tensors as the parameters of mlx-lm's model of a config; lazy, as far as the arrays are."""
+    model: Any = build(config)
+    return model.sanitize(dict(weights)) if hasattr(model, "sanitize") else dict(weights)
+
+
+def set_parameters(model: nn.Module, named: Mapping[str, mx.array]) -> None:
+    """Set all parameters that `model` still has, by the names they have there.
+
+    Raises UnsupportedModelError where names do not match.
+    """
     expected = {name for name, _ in tree_flatten(model.parameters())}
     wrong = [f"missing {n}" for n in sorted(expected - set(named))] + [
         f"unexpected {n}" for n in sorted(set(named) - expected)
@@ -74,6 +82,16 @@ def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Li
     """Modules of the given kinds by their dotted path, in the model's order."""
     named = cast(list[tuple[str, nn.Module]], model.named_modules())
     return {path: module for path, module in reversed(named) if isinstance(module, kinds)}
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of mixtures of experts, one module for all experts, by their dotted path."""
+    return linear_modules(model, (SwitchLinear,))
+
+
+def layer_count(model: nn.Module) -> int:
+    """Layers of the model; 0 where it does not tell them."""
+    return len(getattr(model, "layers", ()))
 
 
 def bias_of(module: nn.Module) -> mx.array | None:

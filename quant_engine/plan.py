@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import psutil
@@ -12,6 +12,7 @@ import psutil
 from quant_engine import blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError, SourceError
+from quant_engine.parameters import Parameters
 from quant_engine.progress import Progress, silent
 from quant_engine.safetensors_file import TensorInfo
 from quant_engine.source import check_files, check_no_code, hub_listing, is_repository, read_json, resolve
@@ -114,10 +115,11 @@ def plan(
     if type(context) is not int or context < 1:
         raise InputError(f"a context of {context!r} tokens; it must be a positive whole number")
     found = _headers(source, revision, progress)
+    parameters = Parameters(found.config, found.tensors)
     drawn = {
         b: blueprint.draw(
             found.config,
-            found.tensors,
+            parameters,
             QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl),
             keep_unfitting=keep_unfitting,
         )
@@ -148,12 +150,28 @@ def plan(
 
 
 def cache_bytes(config: Mapping[str, Any], context: int, k_bits: int, v_bits: int) -> int:
-    """Bytes of a key-value cache of `context` tokens: codes, and float16 scales of groups of 64 (16 bits: float16)."""
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    """Bytes of a key-value cache of `context` tokens: codes, and float16 scales of groups of 64 (16 bits: float16).
+
+    Only layers that attend to all tokens are compressed; those with a sliding window hold float16.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or config
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     scales = 2 * math.ceil(size / CACHE_GROUP)
     per_head = sum(size * bits // 8 + (scales if bits < 16 else 0) for bits in (k_bits, v_bits))
-    return config["num_hidden_layers"] * heads * context * per_head
+    windows = heads * min(context, text.get("sliding_window") or context)
+    full, sliding = attention_layers(text)
+    return full * heads * context * per_head + sliding * windows * size * 2 * 2
+
+
+def attention_layers(text: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers that attend to all tokens, and those that attend to a window; other layers keep no keys and values."""
+    count = text["num_hidden_layers"]
+    kinds = cast(list[str], text.get("layer_types") or [])
+    if kinds:
+        return kinds.count("full_attention"), kinds.count("sliding_attention")
+    every = text.get("full_attention_interval")
+    return (count // every if every else count), 0
 
 
 def _headers(ref: str | Path, revision: str | None, progress: Progress) -> _Headers:

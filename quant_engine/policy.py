@@ -1,15 +1,24 @@
 """What is quantized at what width, and why the rest is kept as it came."""
 
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
 from quant_engine.quantizer import check_width
 from quant_engine.rotation import choose_block
 
+WHOLE = 16
+"""Bits that stand for a module left as it came."""
+
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "tok_embeddings")
 HEADS = ("lm_head", "output", "embed_out")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+STATE_SPACE = ("in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj", "x_proj")
+ATTENTION = ("self_attn", "attention", "attn", "linear_attn", "mixer")
+FULL_ATTENTION = {"gpt_oss": "attention, which gpt-oss keeps in full precision too"}
+"""Architectures whose own quantized release leaves attention whole."""
 
 
 @dataclass(frozen=True)
@@ -21,36 +30,76 @@ class Decision:
     reason: str = ""
 
 
-def decide(path: str, shape: tuple[int, ...], config: QuantConfig, *, keep_unfitting: bool = False) -> Decision:
-    """What becomes of the module at `path` whose weight has `shape`, (out, in) for linear layers.
+@dataclass(frozen=True)
+class Policy:
+    """A recipe applied to a model of `model_type` with so many `layers`."""
 
-    Raises RecipeError, naming module and what fits, where the recipe's groups or rotation do not fit its
-    width; with keep_unfitting such a module is kept in full precision instead.
-    """
-    reason = _reason_to_keep(path, shape)
-    if reason:
-        return Decision(False, reason=reason)
-    try:
-        check_width(shape[1], config.group_size)
-        choose_block(shape[1], config.rotation)
-    except RecipeError as error:
-        if keep_unfitting:
-            return Decision(False, reason=str(error))
-        raise RecipeError(f"{path}: {error}; or keep such modules in full precision (keep_unfitting)") from error
-    return Decision(True, config.bits)
+    config: QuantConfig
+    model_type: str = ""
+    layers: int = 0
+
+    def decide(self, path: str, shape: tuple[int, ...], *, keep_unfitting: bool = False) -> Decision:
+        """What becomes of the module at `path` whose weight has `shape`: (out, in), (experts, out, in) for experts.
+
+        Raises RecipeError, naming module and what fits, where the recipe's groups or rotation do not fit its
+        width; with keep_unfitting such a module is kept in full precision instead.
+        """
+        bits, reason = self._width(path, shape)
+        if bits == WHOLE:
+            return Decision(False, reason=reason)
+        try:
+            check_width(shape[-1], self.config.group_size)
+            choose_block(shape[-1], self.config.rotation)
+        except RecipeError as error:
+            if keep_unfitting:
+                return Decision(False, reason=str(error))
+            raise RecipeError(f"{path}: {error}; or keep such modules in full precision (keep_unfitting)") from error
+        return Decision(True, bits)
+
+    def _width(self, path: str, shape: tuple[int, ...]) -> tuple[int, str]:
+        """Bits, and why where they are WHOLE. What cannot be quantized comes first, then the most special wish."""
+        config = self.config
+        if reason := _structure(path, shape):
+            return WHOLE, reason
+        if any(fnmatchcase(path, pattern) for pattern in config.skip):
+            return WHOLE, "skipped on request"
+        wished = [bits for pattern, bits in config.bits_for if fnmatchcase(path, pattern)]
+        if wished:
+            return wished[-1], "left whole on request"
+        if self._protected(path):
+            return WHOLE, f"one of the {config.protect_layers} layers at each end, protected on request"
+        return self._class_width(path, experts=len(shape) == 3)
+
+    def _class_width(self, path: str, experts: bool) -> tuple[int, str]:
+        config, parts = self.config, path.split(".")
+        if parts[-1] in EMBEDDINGS:
+            return config.embed_bits or WHOLE, "embeddings"
+        if parts[-1] in HEADS and len(parts) <= 2:
+            return config.head_bits or WHOLE, "output projection"
+        if experts:
+            down = config.expert_down_bits if parts[-1] == "down_proj" else None
+            return down or config.expert_bits or config.bits, "experts, on request"
+        if any(part in ATTENTION for part in parts):
+            usual = WHOLE if self.model_type in FULL_ATTENTION else config.bits
+            return config.attn_bits or usual, FULL_ATTENTION.get(self.model_type, "attention, on request")
+        return config.mlp_bits or config.bits, "feed-forward, on request"
+
+    def _protected(self, path: str) -> bool:
+        found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", path)
+        ends = self.config.protect_layers
+        return bool(found and ends and not ends <= int(found[1]) < self.layers - ends)
 
 
-def _reason_to_keep(path: str, shape: tuple[int, ...]) -> str:
+def _structure(path: str, shape: tuple[int, ...]) -> str:
+    """Why a module is never quantized; "" for those that may be."""
     parts = path.split(".")
     name = parts[-1]
-    if name in EMBEDDINGS:
-        return "embeddings"
-    if name in HEADS:
-        return "output projection"
     if name in ROUTERS:
         return "router"
+    if name in STATE_SPACE:
+        return "state-space parameters"
     if "norm" in name:
         return "norm"
     if "conv" in name:
         return "convolution"
-    return "" if len(shape) == 2 else "not a matrix"
+    return "" if len(shape) in (2, 3) else "not a matrix"

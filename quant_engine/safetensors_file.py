@@ -49,7 +49,7 @@ class TensorInfo:
         return self.end - self.start
 
     def rows(self, first: int, last: int) -> mx.array:
-        """Rows [first, last) along the first axis of a float tensor, read now: mx.array of its own dtype.
+        """Rows [first, last) of a float tensor as a matrix, all axes but the last as one, read now.
 
         Raises UnsupportedModelError for dtypes that are not F32, F16 or BF16, CorruptCheckpointError for NaN
         or infinite values and where the file ends early.
@@ -59,10 +59,10 @@ class TensorInfo:
                 f"tensor {self.name} of {self.path.name} is {self.dtype}; weights must be "
                 f"{', '.join(FLOATS)}: convert from the original, unquantized model"
             )
-        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        row = self.shape[-1] * SIZES[self.dtype]
         raw = self._read(self.start + first * row, (last - first) * row)
         check_finite(raw, self)
-        return decode(raw, self.dtype).reshape(last - first, *self.shape[1:])
+        return decode(raw, self.dtype).reshape(last - first, self.shape[-1])
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
         """The tensor's bytes in pieces of at most 16 MB."""

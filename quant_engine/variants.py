@@ -1,5 +1,6 @@
 """The models that one evaluation compares: a float model with its linear layers quantized in several ways."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -8,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from quant_engine import mlx_lm_adapter as adapter
+from quant_engine.blueprint import packed_tensors
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
+from quant_engine.experts import DenseExperts, ExpertsLinear, affine_experts, quantized_experts
 from quant_engine.linear import AffineLinear, DenseLinear, TurboQuantLinear
 from quant_engine.manifest import Manifest
-from quant_engine.policy import decide
+from quant_engine.policy import Policy
 from quant_engine.quantizer import quantize_weight
 
 Method = Literal["float", "affine", "turboquant", "turboquant+qjl"]
@@ -68,10 +71,13 @@ class FloatModel:
     RecipeError where there is none.
     """
 
-    def __init__(self, model: nn.Module, size_bytes: int, config: QuantConfig) -> None:
+    def __init__(self, model: nn.Module, size_bytes: int, policy: Policy) -> None:
         self._model, self._size_bytes = model, size_bytes
-        layers = adapter.linear_modules(model, (DenseLinear, nn.Linear))
-        self._layers = {path: layer for path, layer in layers.items() if _quantized(path, layer, config)}
+        layers = adapter.linear_modules(model, (DenseLinear, nn.Linear, DenseExperts))
+        layers |= adapter.expert_modules(model)
+        self._layers = {
+            path: layer for path, layer in layers.items() if policy.decide(path, weight_of(layer).shape).quantize
+        }
         if not self._layers:
             raise RecipeError("the policy quantizes no layer of this model, so there is nothing to compare")
         self._weights = sum(weight_of(layer).size for layer in self._layers.values())
@@ -100,9 +106,13 @@ class FloatModel:
         )
 
 
-def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuantLinear:
-    """The layer, its bias kept, with its weight quantized by a recipe."""
+def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuantLinear | ExpertsLinear:
+    """The layer, its bias kept, with its weight quantized by a recipe; experts are never corrected by QJL."""
     weight, bias, config = weight_of(layer), bias_of(layer), recipe.config
+    if weight.ndim == 3 and recipe.method == "affine":
+        return affine_experts(weight, bias, config.bits, config.group_size)
+    if weight.ndim == 3:
+        return quantized_experts(weight, bias, config)
     if recipe.method == "affine":
         return AffineLinear.from_dense(weight, bias, config.bits, config.group_size)
     config = replace(config, use_qjl=recipe.method == "turboquant+qjl")
@@ -110,24 +120,19 @@ def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuan
 
 
 def weight_of(layer: nn.Module) -> mx.array:
-    """The weight (out, in) of a float linear layer, in the precision of its file."""
-    return layer.array if isinstance(layer, DenseLinear) else cast(mx.array, layer["weight"])
+    """The weight (out, in), or (experts, out, in), of a float linear layer, in the precision of its file."""
+    return layer.array if isinstance(layer, DenseLinear | DenseExperts) else cast(mx.array, layer["weight"])
 
 
 def bias_of(layer: nn.Module) -> mx.array | None:
-    """The bias (out,) of a linear layer, if it has one."""
+    """The bias (..., out) of a linear layer, if it has one."""
     return cast(mx.array | None, layer.get("bias"))
 
 
 def converted(model: nn.Module, manifest: Manifest, size_bytes: int) -> Variant:
     """A converted model as it is; load it with `fuse=False`."""
-    layers = adapter.linear_modules(model, (TurboQuantLinear,))
-    stored = sum(layer.weight_nbytes for layer in layers.values() if isinstance(layer, TurboQuantLinear))
-    weights = sum(entry.shape[0] * entry.shape[1] for entry in manifest.modules.values())
+    stored = sum(spec.nbytes for path, entry in manifest.modules.items() for spec in packed_tensors(path, entry))
+    weights = sum(math.prod(entry.shape) for entry in manifest.modules.values())
     method: Method = "turboquant+qjl" if manifest.config.use_qjl else "turboquant"
     recipe = manifest.config
     return Variant(method, recipe.bits, recipe.group_size, 8 * stored / weights, size_bytes, model, {})
-
-
-def _quantized(path: str, layer: nn.Module, config: QuantConfig) -> bool:
-    return decide(path, weight_of(layer).shape, config).quantize

@@ -215,12 +215,14 @@ for package in {packages}:
 
 SIDE_EFFECTS = """
 import logging, os, pathlib, signal, sys, threading, warnings
-import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.utils
-import mlx_lm.models.activations, mlx_lm.models.base, mlx_lm.models.cache
+import mlx.core, mlx.nn, mlx_lm.generate, mlx_lm.utils, types
 
 def state():
     watched = [sys.modules[name] for name in THEIRS]
-    names = {(m.__name__, n): id(v) for m in watched for n, v in vars(m).items() if not n.startswith("__")}
+    names = {
+        (m.__name__, n): id(v) for m in watched for n, v in vars(m).items()
+        if not n.startswith("__") and not isinstance(v, types.ModuleType)
+    }
     methods = {
         (c.__name__, n): id(v)
         for m in watched for c in vars(m).values() if isinstance(c, type) for n, v in vars(c).items()

@@ -1,6 +1,6 @@
 """Weights laid out for vector registers: built once from the canonical layout, see `vector` for the fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class LaneWeight:
     def padded(self) -> int:
         """The width in whole blocks, which activations must have too."""
         return self.codes.shape[1] * FIELDS * self.lanes
+
+    def take(self, rows: NDArray[Any]) -> "LaneWeight":
+        """A matrix of the chosen rows, in order."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], rows=len(rows))
 
 
 def arrange(packed: NDArray[np.uint32], scales: NDArray[np.float16], codebook: tuple[float, ...]) -> LaneWeight:

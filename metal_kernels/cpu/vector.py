@@ -21,6 +21,8 @@ KINDS = {0: I16, 1: F16, 2: F32}
 """Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
 
 
+CACHE_LINE = 64
+
 SCALAR, AVX2, AVX512 = 0, 1, 2
 """How a table is looked up: a lane at a time on any processor, or by x86's permutes of 8 or 16 lanes."""
 
@@ -97,6 +99,15 @@ def _lookup_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value]
     if lanes == 8:
         return parts[0]
     return builder.shuffle_vector(parts[0], parts[1], ir.Constant(_vector(I32, 16), list(range(16))))
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
+    """Ask for the cache lines of `size` bytes from an integer address on; it may lie beyond any array."""
+    pointer = I16.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i16")
+    for offset in range(0, size, CACHE_LINE):
+        builder.call(ask, [builder.inttoptr(builder.add(address, I64(offset)), pointer), I32(0), I32(3), I32(1)])
 
 
 def _load_table(builder: ir.IRBuilder, address: ir.Value, lanes: int) -> list[ir.Value]:
@@ -201,6 +212,9 @@ def dot_packed(
             x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
             w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
             s_block = builder.add(s, builder.mul(loop.index, I64(scale_bytes)))
+            ahead = builder.add(w_block, builder.mul(w_stride, I64(n_rows)))
+            for r in range(n_rows):  # the next rows: hardware does not foresee short rows that are read side by side
+                _prefetch(builder, builder.add(ahead, builder.mul(w_stride, I64(r))), block_bytes)
             streams = [
                 _packed_values(
                     builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table, n_bits, n_lanes, way

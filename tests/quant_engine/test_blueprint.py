@@ -7,13 +7,14 @@ import pytest
 from quant_engine.blueprint import Blueprint, draw
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError, UnsupportedModelError
+from quant_engine.parameters import Parameters
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_model
 
 
 def _draw(folder: Path, recipe: QuantConfig | None = None, **options: Any) -> Blueprint:
     source = resolve(folder)
-    return draw(source.config, source.tensors, recipe or QuantConfig(), **options)
+    return draw(source.config, Parameters(source.config, source.tensors), recipe or QuantConfig(), **options)
 
 
 def test_linear_layers_are_quantized_and_the_rest_is_kept_with_its_reason(tmp_path: Path) -> None:
@@ -71,11 +72,8 @@ def test_widths_that_do_not_fit_are_refused_or_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantized already \(affine\)"),
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, r"quantized already \(mxfp4\)"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
         ({"quantization_config": {"quant_method": "awq"}}, r"\(awq\)"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\); .*original model in float16"),
         ({"quantization": "nvfp4"}, r"\(nvfp4\)"),
     ],
 )

@@ -175,8 +175,9 @@ def test_outliers_survive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind"),
     [
-        ({"model_type": "gpt_oss"}, UnsupportedModelError),
-        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError),
+        ({"model_type": "gpt_oss"}, CorruptCheckpointError),
+        ({"model_type": "nonsense"}, UnsupportedModelError),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError),
         ({"auto_map": {"AutoModel": "x.Y"}}, UnsafeModelError),
         ({"num_hidden_layers": 2, "intermediate_size": 172}, RecipeError),
         ({"weights": lambda made: {n: a for n, a in made.items() if n != f"{UP}.weight"}}, CorruptCheckpointError),

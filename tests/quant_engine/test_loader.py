@@ -13,9 +13,10 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import CorruptCheckpointError, RecipeError, SourceError, TurboQuantError
-from quant_engine.linear import Branch, TurboQuantLinear
+from quant_engine.linear import TurboQuantLinear
 from quant_engine.loader import load
 from quant_engine.quantizer import dequantize_weight, quantize_weight
+from quant_engine.shared_input import Branch
 
 TOKENS = mx.array([[5, 300, 17, 1200, 44, 44, 9, 800]])
 

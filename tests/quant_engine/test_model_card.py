@@ -5,13 +5,14 @@ import pytest
 from quant_engine.blueprint import draw
 from quant_engine.config import QuantConfig
 from quant_engine.model_card import licence, model_card
+from quant_engine.parameters import Parameters
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_model
 
 
 def _card(folder: Path, recipe: QuantConfig, revision: str | None = None, terms: dict[str, str] | None = None) -> str:
     source = resolve(write_model(folder))
-    drawn = draw(source.config, source.tensors, recipe)
+    drawn = draw(source.config, Parameters(source.config, source.tensors), recipe)
     origin = source.origin() | {"name": "owner/name", "revision": revision}
     return model_card("small-3bit", origin, recipe, drawn, terms or {})
 

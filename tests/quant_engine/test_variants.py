@@ -10,6 +10,7 @@ import pytest
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
 from quant_engine.linear import DenseLinear
+from quant_engine.policy import Policy
 from quant_engine.variants import FloatModel, Recipe, quantize_layer
 
 WIDTH, OUT = 128, 96
@@ -38,7 +39,7 @@ CONFIG = QuantConfig(bits=4, group_size=32)
 
 
 def test_the_policy_chooses_the_layers() -> None:
-    full = FloatModel(Small(), 10**6, CONFIG)
+    full = FloatModel(Small(), 10**6, Policy(CONFIG))
     assert set(full.variant().modules) == {"up_proj", "down_proj"}
     assert len(full) == 2
 
@@ -47,14 +48,14 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
     model = nn.Module()
     model.lm_head = nn.Linear(64, 64)
     with pytest.raises(RecipeError, match="quantizes no layer"):
-        FloatModel(model, 10**6, CONFIG)
+        FloatModel(model, 10**6, Policy(CONFIG))
 
 
 @pytest.mark.parametrize(
     ("method", "bits"), [("affine", 4 + 2 * 16 / 32), ("turboquant", 4 + 16 / 32), ("turboquant+qjl", None)]
 )
 def test_sizes_are_those_of_the_arrays(method: Any, bits: float | None) -> None:
-    full = FloatModel(Small(dense), 10**6, CONFIG)
+    full = FloatModel(Small(dense), 10**6, Policy(CONFIG))
     assert full.variant().bits_per_weight == 16
     variant = full.quantized(Recipe(method, CONFIG), lambda: None)
     weights = 2 * WIDTH * OUT
@@ -76,7 +77,7 @@ def test_a_quantized_layer_is_near_its_original_and_keeps_the_bias(make: Any, me
 
 
 def test_variants_take_turns_in_one_model() -> None:
-    full = FloatModel(Small(), 10**6, CONFIG)
+    full = FloatModel(Small(), 10**6, Policy(CONFIG))
     plain, worse = (
         full.variant(),
         full.quantized(Recipe("turboquant", QuantConfig(bits=2, group_size=32)), lambda: None),
@@ -89,12 +90,12 @@ def test_variants_take_turns_in_one_model() -> None:
 
 def test_each_layer_is_reported() -> None:
     calls: list[int] = []
-    FloatModel(Small(), 10**6, CONFIG).quantized(Recipe("affine", CONFIG), lambda: calls.append(1))
+    FloatModel(Small(), 10**6, Policy(CONFIG)).quantized(Recipe("affine", CONFIG), lambda: calls.append(1))
     assert len(calls) == 2
 
 
 def test_labels_name_method_and_bits() -> None:
-    full = FloatModel(Small(), 10**6, CONFIG)
+    full = FloatModel(Small(), 10**6, Policy(CONFIG))
     assert full.variant().label == "float"
     assert full.quantized(Recipe("affine", CONFIG), lambda: None).label == "affine, 4 bits"
     assert Recipe("turboquant", CONFIG).label == "turboquant, 4 bits"

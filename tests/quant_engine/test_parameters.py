@@ -1,0 +1,131 @@
+"""A checkpoint's tensors as the parameters of mlx-lm's model, known from headers and read when they are needed."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
+from quant_engine.parameters import Packing, Parameters
+from quant_engine.safetensors_file import SIZES, TensorInfo
+from quant_engine.source import resolve
+from tests.quant_engine.checkpoints import CONFIG, random_weights, write_model
+
+MIXTURE: dict[str, Any] = CONFIG | {
+    "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32,
+    "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "rope_theta": 1e4, "rope_scaling": None,
+}  # fmt: skip
+EXPERT = "model.layers.0.mlp.experts"
+
+
+def mixture(folder: Path, change: Any = lambda made: made) -> Path:
+    """A model of four experts, each a tensor of its own, as published."""
+
+    def weights(made: dict[str, mx.array]) -> dict[str, mx.array]:
+        dense = {name: array for name, array in made.items() if ".mlp." not in name and "layers.1" not in name}
+        dense |= {f"model.layers.0.self_attn.{n}_norm.weight": mx.ones(32, mx.bfloat16) for n in "qk"}
+        dense["model.layers.0.mlp.gate.weight"] = mx.random.normal((4, 128)).astype(mx.bfloat16)
+        for e in range(4):
+            for part, shape in {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}.items():
+                dense[f"{EXPERT}.{e}.{part}.weight"] = mx.random.normal(shape).astype(mx.bfloat16)
+        return change(dense)
+
+    return write_model(folder, weights=weights, **MIXTURE)
+
+
+def parameters(folder: Path) -> Parameters:
+    source = resolve(folder)
+    return Parameters(source.config, source.tensors)
+
+
+def test_tensors_that_are_parameters_are_read_from_their_place(tmp_path: Path) -> None:
+    found = parameters(write_model(tmp_path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = mx.load(str(tmp_path / "model.safetensors"))
+    assert found[name].stored is not None
+    assert mx.array_equal(found.rows(name, 3, 9), stored[name][3:9])
+    assert not found.unused
+
+
+def test_experts_are_stacked_when_they_are_read(tmp_path: Path) -> None:
+    found = parameters(mixture(tmp_path))
+    name = "model.layers.0.mlp.switch_mlp.down_proj.weight"
+    assert (found[name].shape, found[name].matrix, found[name].stored) == ((4, 128, 64), (512, 64), None)
+    stored = mx.load(str(tmp_path / "model.safetensors"))
+    expected = mx.concatenate([stored[f"{EXPERT}.{e}.down_proj.weight"] for e in range(4)])
+    assert mx.array_equal(found.rows(name, 100, 300), expected[100:300])
+    assert mx.array_equal(found.rows(name, 0, 5), expected[:5])
+
+
+def test_all_bytes_are_counted_once(tmp_path: Path) -> None:
+    source = resolve(mixture(tmp_path))
+    found = Parameters(source.config, source.tensors)
+    assert sum(p.nbytes for p in found.values()) == sum(info.nbytes for info in source.tensors.values())
+
+
+def test_tensors_that_the_model_has_no_use_for_are_named(tmp_path: Path) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(16), "lm_head.weight": mx.zeros((96, 128))}
+    found = parameters(write_model(tmp_path, weights=lambda made: made | extra, tie_word_embeddings=True))
+    assert found.unused == set(extra)
+    assert not found.unused & set(found)
+
+
+@pytest.mark.parametrize("lost", ["up_proj", "down_proj"])
+def test_a_missing_expert_is_named(tmp_path: Path, lost: str) -> None:
+    name = f"{EXPERT}.2.{lost}.weight"
+    folder = mixture(tmp_path, lambda made: {n: a for n, a in made.items() if n != name})
+    with pytest.raises(CorruptCheckpointError, match=name):
+        parameters(folder)
+
+
+def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    folder = mixture(tmp_path, lambda made: made | {f"{EXPERT}.1.up_proj.weight": mx.zeros((32, 128), mx.bfloat16)})
+    with pytest.raises(CorruptCheckpointError, match="do not fit the model"):
+        parameters(folder)
+
+
+def test_values_that_are_not_finite_are_refused_where_they_are_computed_too(tmp_path: Path) -> None:
+    bad = mx.full((128, 64), mx.nan, mx.bfloat16)
+    found = parameters(mixture(tmp_path, lambda made: made | {f"{EXPERT}.1.down_proj.weight": bad}))
+    with pytest.raises(CorruptCheckpointError, match=r"switch_mlp\.down_proj\.weight has NaN"):
+        found.rows("model.layers.0.mlp.switch_mlp.down_proj.weight", 128, 256)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_weights_that_mlx_quantized_are_dequantized(tmp_path: Path, mode: str) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    group = 64 if mode == "affine" else 32
+
+    def quantize(made: dict[str, mx.array]) -> dict[str, mx.array]:
+        parts = mx.quantize(made.pop(f"{name}.weight"), group_size=group, bits=4, mode=mode)
+        names = (f"{name}.{part}" for part in ("weight", "scales", "biases"))
+        return made | dict(zip(names, parts, strict=False))
+
+    found = parameters(
+        write_model(tmp_path, weights=quantize, quantization={"bits": 4, "group_size": group, "mode": mode})
+    )
+    stored = mx.load(str(tmp_path / "model.safetensors"))
+    parts = [stored[f"{name}.{part}"] for part in ("weight", "scales", "biases") if f"{name}.{part}" in stored]
+    expected = mx.dequantize(*parts, group_size=group, bits=4, mode=mode)
+    assert (found[f"{name}.weight"].shape, found[f"{name}.weight"].dtype) == ((256, 128), "BF16")
+    assert mx.array_equal(found.rows(f"{name}.weight", 10, 20), expected[10:20])
+    assert f"{name}.scales" not in found
+
+
+def test_a_module_may_be_quantized_in_a_way_of_its_own() -> None:
+    config = {"quantization": {"bits": 4, "group_size": 64, "model.a": {"bits": 8, "group_size": 32}, "model.b": False}}
+    packing = Packing.of(config)
+    assert packing is not None
+    assert packing.for_module("model.a", config) == Packing(8, 32, "affine")
+    assert packing.for_module("model.b", config) == packing.for_module("model.c", config) == Packing(4, 64, "affine")
+
+
+def test_float8_that_mlx_lm_does_not_undo_is_refused_by_name() -> None:
+    source = {name: ("BF16", array.shape) for name, array in random_weights(CONFIG).items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    source[name] = ("F8_E4M3", source[name][1])
+    tensors = {n: TensorInfo(Path("x"), n, dtype, shape, 0, SIZES[dtype]) for n, (dtype, shape) in source.items()}
+    with pytest.raises(UnsupportedModelError, match=rf"tensor {name} is F8_E4M3.*original model in float16"):
+        Parameters(CONFIG | {"quantization_config": {"quant_method": "fp8"}}, tensors)
