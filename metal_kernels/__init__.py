@@ -14,9 +14,11 @@ from metal_kernels.dispatch import (
 )
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.experts import Experts, expert_matmul
+from metal_kernels.feed_forward import feed_forward
 from metal_kernels.hadamard import rotate, unrotate
 from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
 from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul, split
+from metal_kernels.norm import rms_norm
 from metal_kernels.quantize import dequantize, quantize
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "device",
     "embed",
     "expert_matmul",
+    "feed_forward",
     "groups",
     "hadamard_block",
     "kernel_path",
@@ -49,6 +52,7 @@ __all__ = [
     "packed_attention",
     "quantize",
     "reset_paths",
+    "rms_norm",
     "rotate",
     "split",
     "swiglu",

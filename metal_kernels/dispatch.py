@@ -23,16 +23,8 @@ _KERNELS: dict[Backend, frozenset[str]] = {
     "cuda": frozenset(),
     "cpu": frozenset(
         [
-            "rotate",
-            "quantize",
-            "matmul",
-            "dense",
-            "affine",
-            "expert_matmul",
-            "attention",
-            "packed_attention",
-            "pack_cache",
-            "swiglu",
+            *("rotate", "quantize", "matmul", "dense", "affine", "expert_matmul", "feed_forward", "swiglu", "rms_norm"),
+            *("attention", "packed_attention", "pack_cache"),
         ]
     ),
 }

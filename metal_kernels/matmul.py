@@ -31,6 +31,8 @@ class PackedWeight:
     On a CPU the codes are laid out for its vector registers and the given arrays are not kept.
     """
 
+    operation = "matmul"
+
     def __init__(
         self, packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None, block: int
     ) -> None:
@@ -108,6 +110,8 @@ class PackedWeight:
 class DenseWeight:
     """A matrix (out, width) in float32, float16 or bfloat16, multiplied in the activations' precision."""
 
+    operation = "dense"
+
     def __init__(self, weight: mx.array) -> None:
         self.shape = weight.shape
         self.nbytes = weight.nbytes
@@ -144,6 +148,8 @@ class DenseWeight:
 
 class AffineWeight:
     """A matrix as `mx.quantize` packs it: codes, scales and biases of groups."""
+
+    operation = "affine"
 
     def __init__(self, packed: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from quant_engine import mlx_lm_adapter as adapter
-from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
+from quant_engine.errors import CorruptCheckpointError
 from quant_engine.parameters import Parameters
 
 
@@ -45,17 +45,11 @@ class Architecture:
 
 def describe(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config. Raises UnsupportedModelError where mlx-lm has no model for it."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or not adapter.supports(config):
-        raise UnsupportedModelError(
-            f"model_type {kind!r} is none that mlx-lm has a model for, so it can be neither converted nor run; "
-            "give a language model in safetensors, or update mlx-lm"
-        )
     try:
         model = adapter.build(config)
     except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CorruptCheckpointError(
-            f"config.json does not describe a {kind} model: {error}; download it again"
+            f"config.json does not describe a {config.get('model_type')} model: {error}; download it again"
         ) from error
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     return Architecture(

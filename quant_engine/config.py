@@ -1,8 +1,9 @@
 """The two recipes: how weights are quantized, and how a key-value cache is."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from quant_engine.errors import RecipeError
 
@@ -21,7 +22,8 @@ class _Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return asdict(self)  # pyright: ignore[reportArgumentType, reportUnknownVariableType, reportCallIssue]
+        values = asdict(self)  # pyright: ignore[reportArgumentType, reportUnknownVariableType, reportCallIssue]
+        return cast(dict[str, Any], json.loads(json.dumps(values)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

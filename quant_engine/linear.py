@@ -25,6 +25,11 @@ class FastLinear(nn.Module):
             self.freeze(keys=["bias"])
 
     @property
+    def weight(self) -> Weight:
+        """The weight, as `metal_kernels.matmul` takes it."""
+        return self._weight
+
+    @property
     def weight_nbytes(self) -> int:
         """Bytes of the weight in its file's form: codes, scales and what else decoding needs."""
         return self._weight.nbytes
@@ -77,6 +82,11 @@ class TurboQuantLinear(FastLinear):
     def from_quantized(cls, weight: QuantizedWeight, bias: mx.array | None = None) -> "TurboQuantLinear":
         """The layer of a weight as `quantizer.quantize_weight` returns it."""
         return cls(packed_weight([weight]), bias, weight.residual)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether QJL's residual is added to the product."""
+        return self._qjl is not None
 
     @property
     def weight_nbytes(self) -> int:

@@ -12,6 +12,7 @@ import metal_kernels
 from metal_kernels import AffineWeight, DenseWeight
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine import residual
+from quant_engine.cpu_layers import fuse_feed_forward, use_fast_norms
 from quant_engine.errors import RecipeError
 from quant_engine.experts import DenseExperts, TurboQuantExperts
 from quant_engine.linear import (
@@ -63,11 +64,16 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
     on_cpu = metal_kernels.device() == "cpu"
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
     active = chosen or mx.float16
-    model = adapter.load_float(source.path) if manifest is None else _load_converted(source, manifest, active, fuse)
+    if manifest is None:
+        model = adapter.load_float(source.path, source.config)
+    else:
+        model = _load_converted(source, manifest, active, fuse)
     if on_cpu:
         _use_cpu_layers(model, active, fuse)
     if chosen is not None:
         _cast(model, chosen)
+    elif manifest is not None:
+        adapter.match_norms(model)
     adapter.route(model)
     mx.eval(model.parameters())
     return model
@@ -103,6 +109,9 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
     for path, module in adapter.linear_modules(model, (nn.Embedding,)).items():
         replacements[path] = FastEmbedding(DenseWeight(cast(nn.Embedding, module).weight), dtype)
     adapter.replace_modules(model, replacements)
+    use_fast_norms(model)
+    if fuse:
+        fuse_feed_forward(model)
 
 
 def _load_converted(source: Source, manifest: Manifest, dtype: mx.Dtype, fuse: bool) -> nn.Module:

@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import activations, base
+from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
 from quant_engine.errors import UnsupportedModelError
+from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that read the same input, in the models mlx-lm has."""
@@ -36,18 +38,53 @@ def supports(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def load_float(path: Path) -> nn.Module:
+def load_float(path: Path, config: Mapping[str, Any]) -> nn.Module:
     """mlx-lm's model of a folder in the precision of its file, weights not read yet."""
-    model, _ = load_model(path, lazy=True)
+    model, _ = load_model(path, lazy=True, model_config=readable(config))
+    _exact_yarn(model, readable(config))
     return model
+
+
+def readable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the names that mlx-lm reads beside those that transformers 5 writes."""
+    known = dict(config)
+    rope: Any = known.get("rope_parameters")
+    if isinstance(rope, dict):
+        named = cast(dict[str, Any], rope)
+        if "rope_theta" in named:
+            known.setdefault("rope_theta", named["rope_theta"])
+        if named.get("rope_type", "default") != "default":
+            known.setdefault("rope_scaling", named)
+    if "num_local_experts" in known:
+        known.setdefault("num_experts", known["num_local_experts"])
+    if isinstance(known.get("text_config"), dict):
+        known["text_config"] = readable(known["text_config"])
+    return known
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """mlx-lm's model of a config, with weights yet to be set."""
-    model_class, args_class = _get_classes(config=dict(config))
-    model = cast(nn.Module, model_class(args_class.from_dict(dict(config))))
+    """mlx-lm's model of a config, with weights yet to be set. Raises UnsupportedModelError where it has none."""
+    if not supports(config):
+        raise UnsupportedModelError(
+            f"model_type {config.get('model_type')!r} is none that mlx-lm has a model for, so it can be neither "
+            "converted nor run; give a language model in safetensors, or update mlx-lm"
+        )
+    known = readable(config)
+    model_class, args_class = _get_classes(config=known)
+    model = cast(nn.Module, model_class(args_class.from_dict(known)))
     model.eval()
+    _exact_yarn(model, known)
     return model
+
+
+def _exact_yarn(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Honour `truncate: false` of YaRN, as gpt-oss has it: mlx-lm rounds the ends of the ramp all the same."""
+    rope = cast(dict[str, Any], config.get("rope_scaling") or {})
+    if rope.get("truncate", True):
+        return
+    for module in linear_modules(model, (YarnRoPE,)).values():
+        yarn = cast(Any, module)
+        yarn._freqs = frequencies(yarn.dims, rope, config["rope_theta"])
 
 
 def sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -87,6 +124,28 @@ def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Li
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of mixtures of experts, one module for all experts, by their dotted path."""
     return linear_modules(model, (SwitchLinear,))
+
+
+def match_norms(model: nn.Module) -> None:
+    """Give float32 weights of norms the precision of the embeddings, so that activations keep theirs."""
+    embeddings = [cast(mx.array, m["weight"]) for m in linear_modules(model, (nn.Embedding,)).values()]
+    for norm in linear_modules(model, (nn.RMSNorm, nn.LayerNorm)).values() if embeddings else ():
+        norm.update({"weight": cast(mx.array, norm["weight"]).astype(embeddings[0].dtype)})
+
+
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "swiglu"}
+"""All names that the call of a gated feed-forward layer uses, in the models mlx-lm has."""
+
+
+def feed_forwards(model: nn.Module) -> dict[str, nn.Module]:
+    """Gated feed-forward layers, which do nothing but down(swiglu(gate(x), up(x))), by path."""
+    named = cast(list[tuple[str, nn.Module]], model.named_modules())
+    return {path: module for path, module in named if _names(module) == FEED_FORWARD}
+
+
+def _names(module: nn.Module) -> set[str]:
+    call = vars(type(module)).get("__call__")
+    return set(call.__code__.co_names) if isinstance(call, FunctionType) else set()
 
 
 def layer_count(model: nn.Module) -> int:

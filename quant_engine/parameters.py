@@ -17,7 +17,7 @@ import mlx.core as mx
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.manifest import METHOD
-from quant_engine.safetensors_file import SIZES, TensorInfo
+from quant_engine.safetensors_file import FLOATS, SIZES, TensorInfo
 
 _DTYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
@@ -113,7 +113,7 @@ class Parameters(Mapping[str, Parameter]):
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self._config, self._tensors = config, tensors
         packing = Packing.of(config)
-        blanks = {name: mx.zeros(info.shape, _DTYPES[info.dtype]) for name, info in tensors.items()}
+        blanks = {name: mx.zeros(info.shape, _computing(info)) for name, info in tensors.items()}
         origins = {id(blank): tensors[name] for name, blank in blanks.items()}
         made = _sanitize(config, blanks)
         handed_on = {origins[id(array)].name for array in made.values() if id(array) in origins}
@@ -189,6 +189,7 @@ class Parameters(Mapping[str, Parameter]):
         loaded: dict[str, mx.array] = {}
         for path in sorted({info.path for info in self._tensors.values()}, key=Path.as_posix):
             loaded |= cast(dict[str, mx.array], mx.load(str(path)))
+        loaded = {name: array.astype(_computing(self._tensors[name])) for name, array in loaded.items()}
         read = {p.name for p in self._parameters.values() if p.stored and p.packing is None}
         return {name: array for name, array in _sanitize(self._config, loaded).items() if name not in read}
 
@@ -204,6 +205,11 @@ class Parameters(Mapping[str, Parameter]):
             return set(_sanitize(self._config, {n: b for n, b in blanks.items() if n not in without}))
         except CorruptCheckpointError:
             return set()
+
+
+def _computing(info: TensorInfo) -> mx.Dtype:
+    """The dtype that mlx-lm gets a tensor in: vectors in float32, so that a norm's "one plus" does not round."""
+    return mx.float32 if len(info.shape) == 1 and info.dtype in FLOATS else _DTYPES[info.dtype]
 
 
 def _packed(name: str, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Packing) -> Parameter:

@@ -102,13 +102,15 @@ def plan(
     group_size: int = 64,
     context: int = 4096,
     use_qjl: bool = False,
+    widths: Mapping[str, Any] | None = None,
     keep_unfitting: bool = False,
     revision: str | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Plan the conversion of a model folder, or of a Hub repository without downloading its weights.
 
-    context: tokens that the key-value cache is to hold. Raises a TurboQuantError as `convert` would.
+    context: tokens that the key-value cache is to hold. widths: the settings of `QuantConfig` that give modules widths
+    of their own. Raises a TurboQuantError as `convert` would.
     """
     if not bits:
         raise InputError("no bits to plan for; give one or more of 2, 3, 4")
@@ -120,7 +122,7 @@ def plan(
         b: blueprint.draw(
             found.config,
             parameters,
-            QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl),
+            QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl, **(widths or {})),
             keep_unfitting=keep_unfitting,
         )
         for b in sorted(set(bits))

@@ -1,7 +1,7 @@
 """Layers that read the same input, computed as one product: q, k, v; gate and up; those of experts too."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ class SharedInput:
     """
 
     def __init__(self, stacked: nn.Module, rows: Sequence[int]) -> None:
-        self._stacked: Callable[..., mx.array] = stacked  # pyright: ignore[reportAttributeAccessIssue]
+        self.stacked = stacked
         self._lazy = "bias" in stacked  # the sum is not computed yet, and is best left to be
         self._ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
         self._input: mx.array | None = None
@@ -26,7 +26,7 @@ class SharedInput:
     def take(self, part: int, x: mx.array, *more: Any, **options: Any) -> mx.array:
         """The output rows of layer `part` for input x; further arguments, the same for all layers, are passed on."""
         if self._input is not x or part not in self._waiting:
-            y = self._stacked(x, *more, **options)
+            y = cast(Callable[..., mx.array], self.stacked)(x, *more, **options)
             parts = y.split(tuple(self._ends), axis=-1) if self._lazy else split(y, self._ends)
             self._waiting, self._input = dict(enumerate(parts)), x
         y = self._waiting.pop(part)
@@ -40,10 +40,15 @@ class Branch(nn.Module):
 
     def __init__(self, shared: SharedInput, part: int) -> None:
         super().__init__()
-        self._take, self._part = shared.take, part
+        self._shared, self._part = shared, part
+
+    @property
+    def stacked(self) -> nn.Module:
+        """The layer that holds this one and those beside it."""
+        return self._shared.stacked
 
     def __call__(self, x: mx.array, *more: Any, **options: Any) -> mx.array:
-        return self._take(self._part, x, *more, **options)
+        return self._shared.take(self._part, x, *more, **options)
 
 
 def branches(stacked: nn.Module, rows: Sequence[int]) -> list[Branch]:

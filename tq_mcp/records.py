@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_engine.compare import CacheReport
-from quant_engine.config import CacheConfig
+from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import ConversionResult
 from quant_engine.evaluate import EvaluationReport
 from quant_engine.generate import GenerationResult
@@ -244,8 +244,12 @@ def details(
     )
 
 
-def default_name(origin: Located, bits: int, group_size: int, use_qjl: bool) -> str:
-    """A registry name such as qwen2.5-0.5b-tq3-g64."""
+def default_name(origin: Located, recipe: QuantConfig) -> str:
+    """A registry name such as qwen2.5-0.5b-tq3-g64; widths of single modules add a mark of their own."""
     base = Path(origin.name).name
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base).strip("._-") or "model"
-    return f"{kept[:70]}-tq{bits}-g{group_size}{'-qjl' if use_qjl else ''}"
+    plain = QuantConfig(bits=recipe.bits, group_size=recipe.group_size, use_qjl=recipe.use_qjl)
+    changed = {name: value for name, value in recipe.to_dict().items() if value != plain.to_dict()[name]}
+    mark = hashlib.sha256(repr(sorted(changed.items())).encode()).hexdigest()[:6] if changed else ""
+    parts = [f"{kept[:70]}-tq{recipe.bits}-g{recipe.group_size}", "qjl" if recipe.use_qjl else "", mark]
+    return "-".join(part for part in parts if part)

@@ -261,7 +261,7 @@ class CacheEntry(Result):
 class ModelDetails(ModelSummary):
     """All that is known of a registered model; long lists end with their newest entries."""
 
-    recipe: dict[str, int | float | str | bool | None]
+    recipe: dict[str, int | float | str | bool | list[str] | list[list[str | int]] | None]
     source_sha256: str
     source_size_bytes: int | None
     quantized_parameters: int | None

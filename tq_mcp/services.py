@@ -1,10 +1,11 @@
 """What tools and commands do: the only place where the engine and the registry meet."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
@@ -56,7 +57,7 @@ class Services:
     ) -> schemas.Conversion:
         """Convert and register a model, both or neither; `output` None puts it under the models folder."""
         origin = locate(self._registry, model, revision)
-        chosen = name or (output.name if output else records.default_name(origin, *_named(recipe)))
+        chosen = name or (output.name if output else records.default_name(origin, recipe))
         self._registry.require_free(chosen, output)
         self._loaded.forget()
         with self._registry.staging(chosen, output) as staging:
@@ -181,6 +182,7 @@ class Services:
         group_size: int = 64,
         context: int = 4096,
         use_qjl: bool = False,
+        widths: Mapping[str, Any] | None = None,
         keep_unfitting: bool = False,
         revision: str | None = None,
         progress: Progress = silent,
@@ -193,6 +195,7 @@ class Services:
             group_size=group_size,
             context=context,
             use_qjl=use_qjl,
+            widths=widths,
             keep_unfitting=keep_unfitting,
             revision=revision,
             progress=progress,
@@ -264,10 +267,6 @@ def cache_configs(
         pair = CacheConfig(k_bits or default.k_bits, v_bits or default.v_bits, group_size)
         return [*equal, pair]
     return equal or [CacheConfig(c.k_bits, c.v_bits, group_size) for c in DEFAULT_CACHES]
-
-
-def _named(recipe: QuantConfig) -> tuple[int, int, bool]:
-    return recipe.bits, recipe.group_size, recipe.use_qjl
 
 
 def _unchanged(origin: Source, model: Model) -> bool:

@@ -153,6 +153,16 @@ def _half_scale(builder: ir.IRBuilder, address: ir.Value, index: int, lanes: int
     return _splat(builder, builder.fpext(_load(builder, address, F16, 2 * index), F32), lanes)
 
 
+def _half_scales(builder: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
+    """`count` float16 scales, converted all at once."""
+    return builder.fpext(_load(builder, address, _vector(F16, count), 0), _vector(F32, count))
+
+
+def _spread(builder: ir.IRBuilder, vector: ir.Value, index: int, lanes: int) -> ir.Value:
+    """One element of a vector in every lane."""
+    return builder.shuffle_vector(vector, vector, ir.Constant(_vector(I32, lanes), [index] * lanes))
+
+
 def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
     while lanes > 1:
         lanes //= 2
@@ -224,6 +234,8 @@ def dot_packed(
             sums = [
                 [builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)] for r in range(n_rows)
             ]
+            places = [builder.add(s_block, builder.mul(s_stride, I64(r))) for r in range(n_rows)]
+            factors = [_half_scales(builder, place, FIELDS // fields) for place in places] if fields else []
             for field in range(FIELDS):
                 inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
                 for r in range(n_rows):
@@ -231,8 +243,7 @@ def dot_packed(
                     sums[r] = [_fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
                 if fields and (field + 1) % fields == 0:
                     for r in range(n_rows):
-                        place = builder.add(s_block, builder.mul(s_stride, I64(r)))
-                        scale = _half_scale(builder, place, field // fields, n_lanes)
+                        scale = _spread(builder, factors[r], field // fields, n_lanes)
                         for c in range(n_columns):
                             total = builder.load(totals[r][c])
                             builder.store(_fma(builder, sums[r][c], scale, total), totals[r][c])

@@ -59,7 +59,7 @@ def test_a_cache_that_attends_is_asked_for_attention() -> None:
 
 
 def test_mlx_lms_own_quantized_cache_still_works(demo_model: Path) -> None:
-    ours, theirs = adapter.load_float(demo_model), adapter.load_float(demo_model)
+    ours, theirs = (adapter.load_float(demo_model, {}) for _ in range(2))
     ours.set_dtype(mx.float32), theirs.set_dtype(mx.float32)
     adapter.route(ours)
     caches = [[QuantizedKVCache(group_size=64, bits=8) for _ in theirs.layers] for _ in range(2)]

@@ -234,10 +234,17 @@ class TestNames:
         ],
     )
     def test_a_default_name_is_always_a_valid_one(self, source: str, name: str) -> None:
-        assert records.default_name(Located(source, source, None), 3, 64, False) == name
+        assert records.default_name(Located(source, source, None), QuantConfig()) == name
 
     def test_qjl_is_in_the_name(self) -> None:
-        assert records.default_name(Located("m", "m", None), 2, 32, True) == "m-tq2-g32-qjl"
+        assert records.default_name(Located("m", "m", None), QuantConfig(2, 32, use_qjl=True)) == "m-tq2-g32-qjl"
+
+    def test_widths_of_modules_make_another_name(self) -> None:
+        names = {
+            records.default_name(Located("m", "m", None), recipe)
+            for recipe in (QuantConfig(), QuantConfig(attn_bits=4), QuantConfig(skip=("*.0.*",)))
+        }
+        assert len(names) == 3 and "m-tq3-g64" in names
 
 
 class TestCacheOptions:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quant_engine.config import QuantConfig
 from tq_mcp.cli import output
+from tq_mcp.cli.parser import module_widths
 from tq_mcp.cli.run import run_command
 
 
@@ -20,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
                 rotation=arguments.rotation,
                 use_qjl=arguments.use_qjl,
                 seed=arguments.seed,
+                **module_widths(arguments),
             ),
             name=arguments.name,
             output=place,

@@ -7,6 +7,7 @@ import argparse
 from typing import Any, Protocol
 
 WEIGHT_BITS = (2, 3, 4)
+MODULE_BITS = (2, 3, 4, 16)
 CACHE_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (0, 32, 64, 128)
 ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
@@ -103,6 +104,7 @@ def _add_convert(commands: Commands) -> None:
     )
     parser.add_argument("--use-qjl", action="store_true", help="one more bit a weight for unbiased products")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights that are not quantized (default: as they are)")
+    _add_module_widths(parser)
     _add_keep_unfitting(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")
     _add_json(parser)
@@ -185,6 +187,7 @@ def _add_plan(commands: Commands) -> None:
     _add_group_size(parser)
     parser.add_argument("--context", type=int, default=4096, help="tokens that the cache is to hold (default: 4096)")
     parser.add_argument("--use-qjl", action="store_true", help="with QJL's additional bit")
+    _add_module_widths(parser)
     _add_keep_unfitting(parser)
     _add_json(parser)
 
@@ -234,6 +237,40 @@ def _add_widths(parser: argparse.ArgumentParser) -> None:
         "--bits", type=int, nargs="+", choices=WEIGHT_BITS, default=list(WEIGHT_BITS), metavar="{2,3,4}",
         help="one or more widths (default: 2 3 4)",
     )  # fmt: skip
+
+
+def _add_module_widths(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("widths of their own", "16 leaves modules as they came")
+    for option, whose in {
+        "--attn-bits": "attention layers",
+        "--mlp-bits": "feed-forward layers",
+        "--expert-bits": "a mixture's experts",
+        "--expert-down-bits": "the experts' down projections",
+        "--embed-bits": "token embeddings (default: as they came)",
+        "--head-bits": "the output projection (default: as it came)",
+    }.items():
+        group.add_argument(option, type=int, choices=MODULE_BITS, help=f"of {whose}")
+    group.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help='modules left as they came: "*.layers.0.*"'
+    )
+    group.add_argument(
+        "--bits-for", action="append", default=[], type=_pattern_bits, metavar="PATTERN=BITS",
+        help='bits of modules, the last that matches counts: "*.down_proj=4"',
+    )  # fmt: skip
+    group.add_argument("--protect-layers", type=int, default=0, metavar="N", help="leave N layers at each end")
+
+
+def _pattern_bits(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or bits not in map(str, MODULE_BITS):
+        raise argparse.ArgumentTypeError(f"{text!r}; give PATTERN=BITS, bits one of {', '.join(map(str, MODULE_BITS))}")
+    return pattern, int(bits)
+
+
+def module_widths(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_module_widths` added, as settings of a recipe."""
+    names = ("attn_bits", "mlp_bits", "expert_bits", "expert_down_bits", "embed_bits", "head_bits")
+    return {name: getattr(arguments, name) for name in (*names, "skip", "bits_for", "protect_layers")}
 
 
 def _add_group_size(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 
 from tq_mcp.cli import output
+from tq_mcp.cli.parser import module_widths
 from tq_mcp.cli.run import run_command
 
 
@@ -15,6 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
             group_size=arguments.group_size,
             context=arguments.context,
             use_qjl=arguments.use_qjl,
+            widths=module_widths(arguments),
             keep_unfitting=arguments.keep_unfitting,
             revision=arguments.revision,
             progress=progress,

@@ -38,3 +38,18 @@ Chat = Annotated[
     bool | None,
     Field(description="put the prompt into the model's chat template; default: where the model has one"),
 ]
+ModuleBits = Literal[2, 3, 4, 16]
+AttentionBits = Annotated[ModuleBits | None, Field(description="of attention layers; 16 leaves them as they came")]
+MlpBits = Annotated[ModuleBits | None, Field(description="of feed-forward layers, shared experts too")]
+ExpertBits = Annotated[ModuleBits | None, Field(description="of a mixture's experts")]
+ExpertDownBits = Annotated[ModuleBits | None, Field(description="of the experts' down projections")]
+EmbedBits = Annotated[ModuleBits | None, Field(description="of token embeddings; default: as they came")]
+HeadBits = Annotated[ModuleBits | None, Field(description="of the output projection; default: as it came")]
+Skip = Annotated[
+    list[str], Field(max_length=100, description="shell patterns of module paths to leave as they came: *.0.mlp.*")
+]
+BitsFor = Annotated[
+    dict[str, ModuleBits],
+    Field(max_length=100, description="bits by shell pattern of module paths; the last that matches counts"),
+]
+ProtectLayers = Annotated[int, Field(ge=0, le=1000, description="layers at each end to leave as they came")]

@@ -1,0 +1,26 @@
+"""A gated feed-forward layer in one step: two products and the activation between them."""
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels.activation import swiglu
+from metal_kernels.cpu.activation import swiglu as cpu_swiglu
+from metal_kernels.cpu.arrays import rows_float32
+from metal_kernels.dispatch import has_kernel, record
+from metal_kernels.matmul import Weight, matmul, rows_to_array
+
+
+def feed_forward(x: mx.array, gate_up: Weight, down: Weight) -> mx.array:
+    """(silu(x G^T) * (x U^T)) D^T for x (..., width); gate_up stacks G and U (inner, width), down is D (out, inner).
+
+    Returns (..., out) in x's dtype. On a CPU nothing in between becomes an array of MLX, which would cost more than the
+    activation itself. Raises ShapeError where shapes do not fit.
+    """
+    if not has_kernel("feed_forward"):
+        gate, up = mx.split(matmul(x, gate_up), 2, axis=-1)
+        return matmul(swiglu(gate, up), down)
+    record("cpu", gate_up.operation)
+    record("cpu", down.operation)
+    both = gate_up.product(gate_up.prepare(rows_float32(x)))
+    gate, up = (np.ascontiguousarray(half) for half in np.split(both, 2, axis=1))
+    return rows_to_array(down.product(down.prepare(cpu_swiglu(gate, up))), x)
