@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quant_engine.allocation import allocate
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
@@ -53,10 +54,17 @@ class Services:
         revision: str | None = None,
         dtype: str | None = None,
         keep_unfitting: bool = False,
+        target_bpw: float | None = None,
         progress: Progress = silent,
     ) -> schemas.Conversion:
-        """Convert and register a model, both or neither; `output` None puts it under the models folder."""
+        """Convert and register a model, both or neither; `output` None puts it under the models folder.
+
+        target_bpw: give each layer a width of its own, so that they average so many bits a weight.
+        """
         origin = locate(self._registry, model, revision)
+        if target_bpw is not None:
+            self._loaded.forget()
+            recipe = allocate(resolve(origin.ref, revision=revision), recipe, target_bpw, progress=progress)
         chosen = name or (output.name if output else records.default_name(origin, recipe))
         self._registry.require_free(chosen, output)
         self._loaded.forget()

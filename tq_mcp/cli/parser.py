@@ -104,6 +104,10 @@ def _add_convert(commands: Commands) -> None:
     )
     parser.add_argument("--use-qjl", action="store_true", help="one more bit a weight for unbiased products")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights that are not quantized (default: as they are)")
+    parser.add_argument(
+        "--target-bpw", type=float, metavar="BITS",
+        help="average bits a weight, scales included: layers get 2, 3 or 4 by what they bear; runs the float model",
+    )  # fmt: skip
     _add_module_widths(parser)
     _add_keep_unfitting(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")

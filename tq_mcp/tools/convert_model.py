@@ -42,6 +42,15 @@ async def convert_model(
     skip: arguments.Skip = [],  # noqa: B006 (pydantic copies it)
     bits_for: arguments.BitsFor = {},  # noqa: B006 (pydantic copies it)
     protect_layers: arguments.ProtectLayers = 0,
+    target_bpw: Annotated[
+        float | None,
+        Field(
+            ge=2,
+            le=5,
+            description="average bits a weight, scales included; each layer gets 2, 3 or 4 by what it "
+            "bears, measured on text that the float model writes: it has to fit in memory",
+        ),
+    ] = None,
     keep_unfitting: arguments.KeepUnfitting = False,
     name: Name = None,
     revision: arguments.Revision = None,
@@ -73,6 +82,7 @@ async def convert_model(
             revision=revision,
             dtype=dtype,
             keep_unfitting=keep_unfitting,
+            target_bpw=target_bpw,
             progress=progress,
         ),
     )
