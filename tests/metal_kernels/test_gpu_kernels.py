@@ -1,0 +1,128 @@
+"""The Metal bodies of the GPU kernels, compiled with g++ and run on an emulated GPU, against the reference."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from metal_kernels import quantize, reference
+from metal_kernels.gpu import hadamard, matvec, tiles
+from metal_kernels.launch import Kernel
+from quant_engine.codebook import lloyd_max
+from quant_engine.rotation import choose_block, signs
+from tests.metal_kernels.host.machine import EmulatorError, Launch, Machine, needs_compiler
+
+WEIGHTS = [(bits, group) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
+ROWS, WIDTH = 40, 384
+Run = Callable[[], list[mx.array]]
+
+
+def on_machine(folder: Path, run: Run, *edits: tuple[str, str]) -> list[mx.array]:
+    """What `run` returns with every kernel launched on the emulated GPU; `edits` change the compiled source."""
+    needs_compiler()
+    machine = Machine(folder, edits)
+
+    def launch(kernel: Kernel, *call: Any) -> list[mx.array]:
+        return machine.launch(kernel, Launch(*call))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "launch", launch)
+        machine.noting = True
+        run()
+        machine.noting = False
+        return run()
+
+
+def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
+    matrix = mx.random.normal((ROWS, WIDTH), key=mx.random.key(bits)) / WIDTH**0.5
+    packed, scales = quantize(matrix, lloyd_max(bits), group)
+    return packed, scales
+
+
+def products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
+    """Products of all kinds of weights with `rows` activations by the kernels."""
+    x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype)
+    made: list[mx.array] = []
+    for bits, group in WEIGHTS:
+        weight = tiles.arrange(*weights(bits, group), lloyd_max(bits))
+        ready = hadamard.prepare(x, hadamard.sign_bits(None, WIDTH), 1)
+        made.append(matvec.matvec(ready, weight, "host", dtype))
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(mx.float16, 1), (mx.float32, 3), (mx.bfloat16, 8)], ids=str)
+def test_products_equal_the_reference(tmp_path: Path, dtype: mx.Dtype, rows: int) -> None:
+    x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype).astype(mx.float32)
+    found = on_machine(tmp_path, lambda: products(dtype, rows))
+    bound = {mx.float16: 2e-3, mx.float32: 1e-3, mx.bfloat16: 8e-3}[dtype]
+    for (bits, group), y in zip(WEIGHTS, found, strict=True):
+        expected = reference.matmul(x, *weights(bits, group), lloyd_max(bits))
+        assert y.shape == (rows, ROWS)
+        assert mx.abs(y.astype(mx.float32) - expected).max() < bound * mx.abs(expected).max(), (bits, group)
+
+
+@pytest.mark.parametrize("width", [64, 288, 320, 1536, 2048])
+def test_rotations_equal_the_reference(tmp_path: Path, width: int) -> None:
+    turn, block = mx.array(signs(width, 3)), choose_block(width, "auto")
+    x = mx.random.normal((3, width), key=mx.random.key(1))
+    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, hadamard.sign_bits(turn, width), block)])
+    assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "group"), WEIGHTS)
+def test_the_layout_of_tiles_can_be_undone(bits: int, group: int) -> None:
+    packed, scales = weights(bits, group)
+    restored = tiles.restore(tiles.arrange(packed, scales, lloyd_max(bits)))
+    assert mx.array_equal(restored[0], packed)
+    assert mx.array_equal(restored[1], scales)
+
+
+def one_product() -> list[mx.array]:
+    """A rotated product, short enough to be compiled again for every fault."""
+    turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
+    x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
+    weight = tiles.arrange(*weights(3, 64), lloyd_max(3))
+    ready = hadamard.prepare(x, hadamard.sign_bits(turn, WIDTH), block)
+    return [matvec.matvec(ready, weight, "host", mx.float16)]
+
+
+def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.array]:
+    """`one_product` with an edit in the source of one of its kernels."""
+    needs_compiler()
+    sound, broken = Machine(folder / "sound"), Machine(folder / "broken", (edit,))
+    for machine in (sound, broken):
+        machine.folder.mkdir()
+
+    def launch(kernel: Kernel, *call: Any) -> list[mx.array]:
+        return (broken if kernel.name == name else sound).launch(kernel, Launch(*call))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "launch", launch)
+        sound.noting = broken.noting = True
+        one_product()
+        sound.noting = broken.noting = False
+        return one_product()
+
+
+MATVEC, ROTATE = "turboquant_matvec", "turboquant_rotate"
+OUTPUT = "out[at * rows + first_tile * 16 + row"
+FAULTS = {
+    "a dropped barrier": (MATVEC, "barrier();\nwrite_sums<", "write_sums<"),
+    "a wrong shuffle distance": (ROTATE, "shuffle_xor(value, distance)", "shuffle_xor(value, distance ^ 3)"),
+    "an output one off": (MATVEC, f"{OUTPUT}]", f"{OUTPUT} + 1]"),
+    "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
+    "a wrong stride": (MATVEC, "sum += partial[(slice * 16", "sum += partial[(slice * 15"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_shows(tmp_path: Path, fault: str) -> None:
+    kernel, right, wrong = FAULTS[fault]
+    (sound,) = on_machine(tmp_path, one_product)
+    try:
+        (found,) = faulty_kernel(kernel, tmp_path, (right, wrong))
+    except EmulatorError:
+        return
+    assert not mx.array_equal(found, sound)
