@@ -84,56 +84,58 @@ def restore(weight: LaneWeight) -> tuple[NDArray[np.uint32], NDArray[np.float16]
 
 
 @njit(cache=True, inline="always")
-def _place(field: Any, bits: Any) -> Any:
-    """(word, shift) of a whole field; fields 30 and 31 of 3 bits are split and handled apart."""
-    per_word = 32 // bits
-    return field // per_word, bits * (field % per_word)
+def _code(words: Any, bit: Any, mask: Any) -> Any:
+    """The code of a canonical row that begins at a bit; it may lie across two words."""
+    word, shift = bit >> 5, bit & 31
+    code = words[word] >> np.uint32(shift)
+    if shift > 0 and word + 1 < words.shape[0]:
+        code |= words[word + 1] << np.uint32(32 - shift)
+    return code & mask
 
 
 @njit(cache=True, parallel=True, nogil=True)
 def _to_lanes(packed: Any, codes: Any, width: Any) -> None:
-    bits, lanes = codes.shape[2], codes.shape[3]
-    mask = np.uint32((1 << bits) - 1)
+    blocks, bits, lanes = codes.shape[1:]
+    mask, per_word = np.uint32((1 << bits) - 1), 32 // bits
     for row in prange(packed.shape[0]):
-        for i in range(width):
-            bit = i * bits
-            word, shift = bit >> 5, bit & 31
-            code = packed[row, word] >> np.uint32(shift)
-            if shift + bits > 32:
-                code |= packed[row, word + 1] << np.uint32(32 - shift)
-            code &= mask
-            block, inside = i // (32 * lanes), i % (32 * lanes)
-            field, lane = inside // lanes, inside % lanes
-            if bits == 3 and field == 30:
-                codes[row, block, 0, lane] |= (code & np.uint32(3)) << np.uint32(30)
-                codes[row, block, 1, lane] |= (code >> np.uint32(2)) << np.uint32(30)
-            elif bits == 3 and field == 31:
-                codes[row, block, 1, lane] |= (code & np.uint32(1)) << np.uint32(31)
-                codes[row, block, 2, lane] |= (code >> np.uint32(1)) << np.uint32(30)
-            else:
-                at, by = _place(field, bits)
-                codes[row, block, at, lane] |= code << np.uint32(by)
+        words = packed[row]
+        for block in range(blocks):
+            out = codes[row, block]
+            for field in range(FIELDS):
+                first = (block * FIELDS + field) * lanes
+                word, shift = field // per_word, np.uint32(bits * (field % per_word))
+                for lane in range(min(lanes, width - first)):
+                    code = _code(words, (first + lane) * bits, mask)
+                    if bits == 3 and field == 30:
+                        out[0, lane] |= (code & np.uint32(3)) << np.uint32(30)
+                        out[1, lane] |= (code >> np.uint32(2)) << np.uint32(30)
+                    elif bits == 3 and field == 31:
+                        out[1, lane] |= (code & np.uint32(1)) << np.uint32(31)
+                        out[2, lane] |= (code >> np.uint32(1)) << np.uint32(30)
+                    else:
+                        out[word, lane] |= code << shift
 
 
 @njit(cache=True, parallel=True, nogil=True)
 def _from_lanes(codes: Any, packed: Any, width: Any) -> None:
-    bits, lanes = codes.shape[2], codes.shape[3]
-    mask = np.uint32((1 << bits) - 1)
+    blocks, bits, lanes = codes.shape[1:]
+    mask, per_word = np.uint32((1 << bits) - 1), 32 // bits
     for row in prange(packed.shape[0]):
-        for i in range(width):
-            block, inside = i // (32 * lanes), i % (32 * lanes)
-            field, lane = inside // lanes, inside % lanes
-            if bits == 3 and field == 30:
-                top = codes[row, block, 1, lane] >> np.uint32(30)
-                code = (codes[row, block, 0, lane] >> np.uint32(30)) | ((top & np.uint32(1)) << np.uint32(2))
-            elif bits == 3 and field == 31:
-                top = codes[row, block, 2, lane] >> np.uint32(30)
-                code = (codes[row, block, 1, lane] >> np.uint32(31)) | (top << np.uint32(1))
-            else:
-                at, by = _place(field, bits)
-                code = (codes[row, block, at, lane] >> np.uint32(by)) & mask
-            bit = i * bits
-            word, shift = bit >> 5, bit & 31
-            packed[row, word] |= code << np.uint32(shift)
-            if shift + bits > 32:
-                packed[row, word + 1] |= code >> np.uint32(32 - shift)
+        words = packed[row]
+        for block in range(blocks):
+            held = codes[row, block]
+            for field in range(FIELDS):
+                first = (block * FIELDS + field) * lanes
+                word, shift = field // per_word, np.uint32(bits * (field % per_word))
+                for lane in range(min(lanes, width - first)):
+                    if bits == 3 and field == 30:
+                        middle = held[1, lane] >> np.uint32(30)
+                        code = (held[0, lane] >> np.uint32(30)) | ((middle & np.uint32(1)) << np.uint32(2))
+                    elif bits == 3 and field == 31:
+                        code = (held[1, lane] >> np.uint32(31)) | ((held[2, lane] >> np.uint32(30)) << np.uint32(1))
+                    else:
+                        code = (held[word, lane] >> shift) & mask
+                    bit = (first + lane) * bits
+                    words[bit >> 5] |= code << np.uint32(bit & 31)
+                    if (bit & 31) + bits > 32:
+                        words[(bit >> 5) + 1] |= code >> np.uint32(32 - (bit & 31))
