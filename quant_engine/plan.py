@@ -1,12 +1,14 @@
 """What a conversion would give, before it is made: sizes, memory, whether it fits, and what to choose."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import huggingface_hub
+import mlx.core as mx
 import psutil
 
 from quant_engine import blueprint
@@ -14,6 +16,7 @@ from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError, SourceError
 from quant_engine.parameters import Parameters
 from quant_engine.progress import Progress, silent
+from quant_engine.quantizer import quantize_weight
 from quant_engine.safetensors_file import TensorInfo
 from quant_engine.source import check_files, check_no_code, hub_listing, is_repository, read_json, resolve
 
@@ -59,7 +62,8 @@ class PlanCache:
 class Plan:
     """What becomes of a model at each width, and what to choose on this machine.
 
-    memory_to_convert_bytes: what converting takes at most. available_memory_bytes, total_memory_bytes: this
+    memory_to_convert_bytes: what converting takes at most, seconds_to_convert: about how long, as fast as a sample of
+    weights was quantized just now, without the download. available_memory_bytes, total_memory_bytes: this
     machine's. recommended_bits: 0 where none fits; reason: in a sentence.
     """
 
@@ -71,6 +75,7 @@ class Plan:
     source_size_bytes: int
     context: int
     memory_to_convert_bytes: int
+    seconds_to_convert: float
     available_memory_bytes: int
     total_memory_bytes: int
     rows: list[PlanRow]
@@ -140,7 +145,9 @@ def plan(
         quantized_parameters=first.quantized_parameters,
         source_size_bytes=found.size_bytes,
         context=context,
-        memory_to_convert_bytes=RUNTIME_BYTES,
+        memory_to_convert_bytes=RUNTIME_BYTES
+        + 2 * max((p.nbytes for p in parameters.values() if not p.stored), default=0),
+        seconds_to_convert=found.size_bytes / conversion_rate(),
         available_memory_bytes=memory.available,
         total_memory_bytes=memory.total,
         rows=rows,
@@ -174,6 +181,17 @@ def attention_layers(text: Mapping[str, Any]) -> tuple[int, int]:
         return kinds.count("full_attention"), kinds.count("sliding_attention")
     every = text.get("full_attention_interval")
     return (count // every if every else count), 0
+
+
+def conversion_rate(rows: int = 1024, width: int = 1024) -> float:
+    """Bytes of a bfloat16 checkpoint that this machine converts in a second, measured on a sample of weights."""
+    sample, recipe = mx.random.normal((rows, width)).astype(mx.bfloat16), QuantConfig()
+    times: list[float] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        quantize_weight(sample, recipe)
+        times.append(time.perf_counter() - began)
+    return sample.nbytes / min(times)
 
 
 def _headers(ref: str | Path, revision: str | None, progress: Progress) -> _Headers:

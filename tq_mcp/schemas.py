@@ -149,6 +149,7 @@ class Plan(Result):
     source_size_bytes: int
     context: int = Field(description="tokens that the cache is to hold")
     memory_to_convert_bytes: int
+    seconds_to_convert: float = Field(description="about, without the download")
     available_memory_bytes: int
     total_memory_bytes: int
     rows: list[PlanRow]

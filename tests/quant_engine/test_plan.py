@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,9 @@ from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError,
 from quant_engine.plan import RUNTIME_BYTES, cache_bytes, plan
 from quant_engine.safetensors_file import read_header
 from tests.quant_engine.checkpoints import CONFIG, write_model
+from tests.quant_engine.published import write_published
+
+plan_module = sys.modules["quant_engine.plan"]
 
 COMMIT = "89abcdef" * 5
 
@@ -158,3 +162,31 @@ def test_a_repository_with_damaged_headers_is_refused(hub: Hub) -> None:
         (SourceError, CorruptCheckpointError), match=r"weights of owner/name cannot be read \(bad header\)"
     ):
         plan("owner/name")
+
+
+def test_the_time_is_that_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "conversion_rate", lambda: 1000.0)
+    planned = plan(write_model(tmp_path))
+    assert planned.seconds_to_convert == planned.source_size_bytes / 1000
+
+
+def test_a_rate_is_measured() -> None:
+    assert plan_module.conversion_rate(rows=64) > 1e5
+
+
+def test_experts_that_are_stacked_take_memory_to_convert(tmp_path: Path) -> None:
+    dense, mixture = plan(write_published("llama", tmp_path / "a")), plan(write_published("qwen3_moe", tmp_path / "b"))
+    assert dense.memory_to_convert_bytes == RUNTIME_BYTES
+    assert mixture.memory_to_convert_bytes == RUNTIME_BYTES + 2 * 8 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"num_hidden_layers": 6}, (6, 0)),
+        ({"num_hidden_layers": 6, "full_attention_interval": 3}, (2, 0)),
+        ({"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "linear_attention"]}, (1, 1)),
+    ],
+)
+def test_layers_without_keys_and_values_take_no_cache(config: dict[str, Any], layers: tuple[int, int]) -> None:
+    assert plan_module.attention_layers(config) == layers

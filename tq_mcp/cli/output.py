@@ -142,6 +142,13 @@ def cache_comparison(made: schemas.CacheComparison) -> RenderableType:
     return table(title, columns, rows)
 
 
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min", "1.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def plan(made: schemas.Plan) -> RenderableType:
     rows = [
         (
@@ -161,7 +168,8 @@ def plan(made: schemas.Plan) -> RenderableType:
     return Group(
         table(title, columns, rows),
         table(f"Cache of {made.context:,} tokens", ("bits of keys / values", "size"), caches),
-        Text(f"Converting takes about {size(made.memory_to_convert_bytes)} of memory. "
+        Text(f"Converting takes about {duration(made.seconds_to_convert)} and "
+             f"{size(made.memory_to_convert_bytes)} of memory. "
              f"Recommended: {made.recommended_bits or 'none'} bits; {made.reason}."),
     )  # fmt: skip
 
