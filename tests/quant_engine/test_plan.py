@@ -175,7 +175,7 @@ def test_a_rate_is_measured() -> None:
 
 
 def test_experts_that_are_stacked_take_memory_to_convert(tmp_path: Path) -> None:
-    dense, mixture = plan(write_published("llama", tmp_path / "a")), plan(write_published("qwen3_moe", tmp_path / "b"))
+    dense, mixture = (plan(write_published(n, tmp_path / n), group_size=32) for n in ("llama", "qwen3_moe"))
     assert dense.memory_to_convert_bytes == RUNTIME_BYTES
     assert mixture.memory_to_convert_bytes == RUNTIME_BYTES + 2 * 8 * 64 * 32 * 2
 
