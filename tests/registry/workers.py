@@ -46,9 +46,11 @@ def publish(home: Path, times: int, who: str) -> None:
 
 
 def convert_forever(home: Path, _times: int, who: str) -> None:
-    """Die in the middle of making a model."""
-    with open_registry(home) as registry, registry.staging(who) as staging:
+    """Die in the middle of making a model, in a folder of its own where `who` is a path."""
+    final = Path(who) if "/" in who else None
+    with open_registry(home) as registry, registry.staging(Path(who).name, final) as staging:
         staging.mkdir()
+        (staging.parent / "beside").mkdir()
         (staging / "half.safetensors").write_text("half")
         print(staging, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
