@@ -252,4 +252,6 @@ def _write_rest(
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     terms = licence(source.path / "README.md")
-    (folder / "README.md").write_text(model_card(name, manifest.source, manifest.config, drawn, terms), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(name, manifest.source, manifest.config, drawn, terms), encoding="utf-8"
+    )

@@ -36,7 +36,7 @@ class Journal:
         self.finished: dict[str, OutputFile] = {}
         noted = _read(self._path)
         for path in sorted(folder.iterdir()):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif _unchanged(path, noted.get(path.name)):
                 self.finished[path.name] = noted[path.name]
@@ -79,6 +79,6 @@ def _read(path: Path) -> dict[str, OutputFile]:
 
 
 def _unchanged(path: Path, noted: OutputFile | None) -> bool:
-    if noted is None or path.stat().st_size != noted.size_bytes:
+    if noted is None or path.is_symlink() or path.stat().st_size != noted.size_bytes:
         return False
     return file_sha256(path) == noted.sha256

@@ -21,9 +21,7 @@ _DISK = {
 
 
 @contextmanager
-def atomic_folder(
-    output: Path, *, size_bytes: int, overwrite: bool = False, key: str | None = None
-) -> Generator[Path]:
+def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False, key: str | None = None) -> Generator[Path]:
     """A folder beside `output` to write in; it takes output's name when the block ends without an exception.
 
     size_bytes: what will be in it, checked against the free space first. key: letters and digits that stand for
