@@ -91,3 +91,15 @@ def test_two_processes_that_make_the_same_model_have_a_slot_each(registry: Regis
             assert second.parent != first.parent
             assert not (second.parent / "beside").exists()
         assert (first.parent / "beside").exists()
+
+
+def test_a_slot_that_holds_a_finished_model_is_not_used_before_that_is_published(
+    home: Path, registry: Registry
+) -> None:
+    start("die-publishing", home, 1, "whole").communicate(timeout=60)
+    with registry.staging("whole"), registry.staging("other"):
+        pass
+    with open_registry(home) as opened:
+        assert [recovery.action for recovery in opened.recovered] == ["published"]
+        assert opened.verify("whole").ok
+    assert list((registry.models_root / ".staging").iterdir()) == []
