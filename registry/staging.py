@@ -44,7 +44,8 @@ def slot(layout: Layout, final: Path, in_use: Callable[[], tuple[Path, ...]]) ->
 
 def _take(layout: Layout, final: Path, kept: tuple[Path, ...]) -> tuple[Path, int]:
     """The slot that belongs to `final`, or another where that one is in use, and a lock on it."""
-    names = [hashlib.sha256(os.fsencode(layout.stored(final))).hexdigest()[:32]]
+    both = os.fsencode(f"{layout.home}\n{final}")  # two registries may make a model for the same outside place
+    names = [hashlib.sha256(both).hexdigest()[:32]]
     while True:
         name = names.pop() if names else uuid.uuid4().hex
         workshop, home = _place(layout, final, name), layout.staging / name
