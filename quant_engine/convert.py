@@ -1,12 +1,13 @@
 """Converting a model: from safetensors to safetensors, a piece of a layer at a time."""
 
+import hashlib
 import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,9 +15,10 @@ from quant_engine import blueprint
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import OutputError, RecipeError
+from quant_engine.journal import Journal, OutputFile
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.model_card import licence, model_card
-from quant_engine.output_folder import atomic_folder
+from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import CHUNK_VALUES, quantize_weight
@@ -26,18 +28,10 @@ from quant_engine.safetensors_file import (
     check_finite,
     index_json,
 )
-from quant_engine.source import ALLOWED_FILES, INDEX, Source, file_sha256, resolve
+from quant_engine.source import ALLOWED_FILES, INDEX, Source, resolve
 
 _MADE_HERE = ("config.json", "README.md", INDEX)
 _MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-
-
-class OutputFile(NamedTuple):
-    """A file of the converted model."""
-
-    name: str
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class ConversionResult:
     source: name, revision and content_sha256 of the original. bits_per_weight: of the quantized modules,
     counted from the bytes on disk. size_bytes and source_size_bytes: of the safetensors files. parameters:
     of the model, and quantized_parameters of them in `modules` layers; excluded: why others are kept, by
-    path. seconds: in all. peak_memory_bytes: the most that the process held so far, weights or not.
+    path. seconds: of this run. peak_memory_bytes: the most that the process held so far, weights or not.
     """
 
     path: Path
@@ -84,8 +78,9 @@ def convert(
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
     stays within a few pieces of 2^20 weights, whatever the model's size.
 
-    The folder appears when it is whole; an exception, from `progress` too, or a killed process leaves none.
-    Raises a TurboQuantError that says what is wrong with source, recipe or output.
+    The folder appears when it is whole; an exception, from `progress` too, leaves nothing. What a killed process
+    left beside it is continued, from the last shard that was finished, by the same conversion of the same content,
+    and removed by another one. Raises a TurboQuantError that says what is wrong with source, recipe or output.
     """
     started = time.perf_counter()
     recipe = config or QuantConfig()
@@ -103,11 +98,16 @@ def convert(
         max_shard_bytes=max_shard_bytes,
     )
     extra = _extra_files(origin)
+    check_target(target, overwrite)
+    if origin.repo is None:
+        progress(0, sum(parameter.nbytes for parameter in found.values()), "reading the source for its hash")
+    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, origin.origin())
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
-    with atomic_folder(target, size_bytes=size, overwrite=overwrite) as folder:
-        _write_weights(folder, found, drawn, recipe, progress)
-        _write_rest(folder, target.name, origin, drawn, recipe, dtype, extra)
-        files = [_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    with atomic_folder(target, size_bytes=size, overwrite=overwrite, key=_key(manifest, drawn)) as folder:
+        journal = Journal(folder)
+        _write_weights(folder, journal, found, drawn, recipe, progress)
+        _write_rest(folder, target.name, origin, drawn, manifest, dtype, extra)
+        files = journal.close()
     weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
     return ConversionResult(
         path=target,
@@ -149,10 +149,28 @@ class _Meter:
         self._progress(self._done, self._total, name)
 
 
-def _write_weights(folder: Path, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress) -> None:
+def _key(manifest: Manifest, drawn: Blueprint) -> str:
+    """A hash of all that the bytes of the shards depend on, but not of the name of a folder that was hashed itself."""
+    source = dict(manifest.source)
+    if source["content_sha256"]:
+        del source["name"]
+    shards = {file: [astuple(spec) for spec in specs] for file, specs in drawn.shards.items()}
+    made = [manifest.to_dict() | {"source": source}, shards, str(mx.default_device())]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_weights(
+    folder: Path, journal: Journal, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress
+) -> None:
     total = sum(parameter.nbytes for parameter in found.values())
     meter = _Meter(progress, total)
-    for file, specs in drawn.shards.items():
+    left = {file: specs for file, specs in drawn.shards.items() if file not in journal.finished}
+    if len(left) < len(drawn.shards):
+        names = {spec.name for specs in left.values() for spec in specs}
+        before = sum(parameter.nbytes for name, parameter in found.items() if name not in names)
+        finished = len(drawn.shards) - len(left)
+        meter.add(before, f"continuing: {finished} of {len(drawn.shards)} shards were finished before")
+    for file, specs in left.items():
         with SafetensorsWriter(folder / file, specs) as writer:
             for spec in specs:
                 path = spec.name.rpartition(".")[0]
@@ -160,6 +178,7 @@ def _write_weights(folder: Path, found: Parameters, drawn: Blueprint, recipe: Qu
                     _copy(writer, found, spec, meter)
                 elif spec.name == f"{path}.weight":
                     _quantize(writer, path, found, drawn.modules[path], recipe, meter)
+        journal.add(file)
     if len(drawn.shards) > 1:
         (folder / INDEX).write_text(index_json(drawn.shards))
     progress(total, total, "weights written")
@@ -220,7 +239,7 @@ def _write_rest(
     name: str,
     source: Source,
     drawn: Blueprint,
-    recipe: QuantConfig,
+    manifest: Manifest,
     dtype: str | None,
     extra: list[Path],
 ) -> None:
@@ -228,14 +247,11 @@ def _write_rest(
         copy = folder / file.relative_to(source.path)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, source.origin())
     config: dict[str, Any] = {**source.config, "quantization": manifest.to_dict()}
     if dtype:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     terms = licence(source.path / "README.md")
-    (folder / "README.md").write_text(model_card(name, source.origin(), recipe, drawn, terms), encoding="utf-8")
-
-
-def _describe(path: Path, folder: Path) -> OutputFile:
-    return OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+    (folder / "README.md").write_text(
+        model_card(name, manifest.source, manifest.config, drawn, terms), encoding="utf-8"
+    )

@@ -21,24 +21,23 @@ _DISK = {
 
 
 @contextmanager
-def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False) -> Generator[Path]:
-    """A new folder beside `output` to write in; it takes output's name when the block ends without an exception.
+def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False, key: str | None = None) -> Generator[Path]:
+    """A folder beside `output` to write in; it takes output's name when the block ends without an exception.
 
-    size_bytes: what will be written, checked against the free space first. What an exception or a killed
-    process leaves is removed, at once or when the same output is made the next time; a folder that is being
-    overwritten stays until the new one is whole. Raises OutputError where output exists (unless overwrite),
-    cannot be written or does not fit.
+    size_bytes: what will be in it, checked against the free space first. key: letters and digits that stand for
+    what is made; where a killed process left an unfinished folder of the same output and key, the block gets that
+    one, as it was left. Otherwise the folder is new and empty, and what was left is removed, as it is at once after
+    an exception. A folder that is being overwritten stays until the new one is whole. Raises OutputError where output
+    exists (unless overwrite), cannot be written or does not fit.
     """
     with _disk_errors(output):
-        _check_target(output, overwrite)
+        check_target(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
-        _recover(output)
-        _check_target(output, overwrite)
-        _check_space(output, size_bytes)
-        folder = output.parent / f"{_prefix(output, _PARTIAL)}{secrets.token_hex(4)}"
-        folder.mkdir()
-        lock = _lock(folder)
+        _put_back(output)
+        check_target(output, overwrite)
+        folder, lock = _take_over(output, key) or _make(output, key)
         try:
+            _check_space(output, size_bytes - _held_bytes(folder))
             yield folder
             sync_files(folder)
             _take_place(folder, output, overwrite)
@@ -46,8 +45,7 @@ def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False) -> 
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
 
 
 def sync_files(folder: Path) -> None:
@@ -73,18 +71,20 @@ def _disk_errors(output: Path) -> Generator[None]:
         ) from error
 
 
-def _check_target(output: Path, overwrite: bool) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} is not a folder; choose another output")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{output} exists already; choose another output, or ask for it to be overwritten")
-    if not (output / "config.json").exists():
-        raise OutputError(
-            f"{output} is not a model (it has no config.json), so it is not overwritten; choose another "
-            "output, or remove it yourself"
-        )
+def check_target(output: Path, overwrite: bool) -> None:
+    """Raise OutputError where `output` cannot be made: it exists (unless overwrite), or is something else."""
+    with _disk_errors(output):
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise OutputError(f"{output} is not a folder; choose another output")
+        if not output.exists() or not any(output.iterdir()):
+            return
+        if not overwrite:
+            raise OutputError(f"{output} exists already; choose another output, or ask for it to be overwritten")
+        if not (output / "config.json").exists():
+            raise OutputError(
+                f"{output} is not a model (it has no config.json), so it is not overwritten; choose another "
+                "output, or remove it yourself"
+            )
 
 
 def _check_space(output: Path, size_bytes: int) -> None:
@@ -104,26 +104,58 @@ def _siblings(output: Path, kind: str) -> list[Path]:
     return [path for path in output.parent.iterdir() if path.name.startswith(_prefix(output, kind))]
 
 
-def _recover(output: Path) -> None:
-    """Put back a folder that a killed process was about to replace, and remove what killed processes left."""
+def _put_back(output: Path) -> None:
+    """Put back a folder that a killed process was about to replace."""
     for folder in _siblings(output, _REPLACED):
         if not output.exists():
             folder.rename(output)
         else:
             shutil.rmtree(folder)
+
+
+def _take_over(output: Path, key: str | None) -> tuple[Path, int] | None:
+    """What a killed process left of the same key, and a lock on it; all else that killed processes left is removed."""
+    found = None
     for folder in _siblings(output, _PARTIAL):
         lock = _lock(folder)
+        if lock is None:
+            continue
+        if key and found is None and folder.name.startswith(f"{_prefix(output, _PARTIAL)}{key}-"):
+            found = folder, lock
+            continue
+        shutil.rmtree(folder)
+        os.close(lock)
+    return found
+
+
+def _make(output: Path, key: str | None) -> tuple[Path, int]:
+    """A new folder and a lock on it. Between the two, another process may take it for one that was left."""
+    while True:
+        folder = output.parent / f"{_prefix(output, _PARTIAL)}{key or 'new'}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        lock = _lock(folder)
         if lock is not None:
-            shutil.rmtree(folder)
-            os.close(lock)
+            return folder, lock
+
+
+def _held_bytes(folder: Path) -> int:
+    """What the files in a folder take on the disk now; a file with holes takes less than its size."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock on a folder, held as long as the descriptor is open; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """A lock on a folder, held as long as the descriptor is open; None where it is another's, or was finished or
+    removed by another just now."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
+        return None
+    if not folder.exists():
         os.close(descriptor)
         return None
     return descriptor
@@ -131,7 +163,7 @@ def _lock(folder: Path) -> int | None:
 
 def _take_place(folder: Path, output: Path, overwrite: bool) -> None:
     """Give the finished folder its name; a folder that is there moves aside and is removed last."""
-    _check_target(output, overwrite)
+    check_target(output, overwrite)
     aside = None
     if output.exists():
         aside = output.parent / folder.name.replace(_prefix(output, _PARTIAL), _prefix(output, _REPLACED))

@@ -74,10 +74,15 @@ class Publisher:
         return removal
 
     def recover(self) -> tuple[Recovery, ...]:
-        """Finish or undo what crashes left, and delete the staging of dead processes. Needs the lock."""
+        """Finish or undo what crashes left of publishing and removing, and delete the slots that are empty then;
+        models that were being made stay for `staging.slot`. Needs the lock."""
         done = tuple(self._resolve(item) for item in self._unfinished())
-        sweep(self.layout, [item.staging for item in self._unfinished()])
+        sweep(self.layout, self.in_use(), unfinished=False)
         return done
+
+    def in_use(self) -> tuple[Path, ...]:
+        """The folders in slots that belong to a row. Needs the lock."""
+        return tuple(item.staging for item in self._unfinished())
 
     def check_free(self, session: Session, name: str, final: Path) -> None:
         """Raises RegistryError where the name or the place is taken."""

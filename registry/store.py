@@ -107,9 +107,10 @@ class Registry:
         return place
 
     def staging(self, name: str, final: Path | None = None) -> AbstractContextManager[Path]:
-        """A path, not existing yet, where the model may be made before it is published. What is left
-        there is deleted at the end, or after a kill by the next process that opens the registry."""
-        return slot(self._layout, self._layout.final(name, final))
+        """A path, not existing yet, where the model may be made before it is published. What is left there or
+        beside it is deleted at the end. After a kill, the next staging of the same model finds what was beside it;
+        that of any other model deletes it."""
+        return slot(self._layout, self._layout.final(name, final), self._publisher.in_use)
 
     def publish(
         self,

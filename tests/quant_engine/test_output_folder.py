@@ -1,6 +1,7 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,67 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
             raise ZeroDivisionError
         assert first.exists()
     assert (tmp_path / "model" / "config.json").read_text() == "first"
+
+
+def test_what_a_killed_process_left_of_the_same_key_is_given_as_it_was_left(tmp_path: Path) -> None:
+    for left in (".model.partial-aaa-1", ".model.partial-aaab-1", ".model.partial-new-1", ".other.partial-aaa-1"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "config.json").write_text(left)
+    with atomic_folder(tmp_path / "model", size_bytes=10, key="aaa") as folder:
+        assert sorted(os.listdir(tmp_path)) == [".model.partial-aaa-1", ".other.partial-aaa-1"]
+        assert folder.name == ".model.partial-aaa-1"
+    assert (tmp_path / "model" / "config.json").read_text() == ".model.partial-aaa-1"
+
+
+def test_an_exception_removes_what_was_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial-aaa-1").mkdir()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model", size_bytes=10, key="aaa"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_live_folder_of_the_same_key_is_not_taken_over(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="exists already"),
+        atomic_folder(tmp_path / "model", size_bytes=10, key="aaa") as first,
+        atomic_folder(tmp_path / "model", size_bytes=10, key="aaa") as second,
+    ):
+        assert first != second
+        (second / "config.json").write_text("second")
+        _make(tmp_path / "model", "third")
+    assert (tmp_path / "model" / "config.json").read_text() == "third"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_another_process_took_before_it_was_locked_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Path] = []
+
+    def take_the_first(folder: Path) -> int | None:
+        if taken:
+            return lock(folder)
+        taken.append(folder)
+        return None
+
+    lock = output_folder._lock
+    monkeypatch.setattr(output_folder, "_lock", take_the_first)
+    with atomic_folder(tmp_path / "model", size_bytes=10) as folder:
+        assert taken and folder not in taken
+
+
+def test_what_is_there_already_needs_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(name: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").write_bytes(os.urandom(10_000_000))
+
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000))
+    left(".model.partial-aaa-1")
+    with atomic_folder(tmp_path / "model", size_bytes=13_000_000, key="aaa"):
+        pass
+    left(".second.partial-aaa-1")
+    with pytest.raises(OutputError, match="free some space"):
+        _make(tmp_path / "second", size_bytes=13_000_000)
 
 
 def test_of_two_processes_the_second_to_finish_is_refused(tmp_path: Path) -> None:

@@ -144,10 +144,16 @@ def inspect(folder: Path) -> dict[str, Any]:
                 for root in (opened.models_root, folder / "elsewhere")
                 if root.is_dir()
                 for path in root.iterdir()
-                if path != opened.models_root / ".staging"
+                if not path.name.startswith((".staging", ".tq-staging-"))
             ),
-            "staged": [path.name for path in (opened.models_root / ".staging").iterdir()],
+            "staged": staged(folder),
         }
+
+
+def staged(folder: Path) -> list[str]:
+    """Names of slots, and of folders beside models that belong to slots."""
+    slots = [*folder.glob("home/models/.staging/*"), *folder.glob("elsewhere/.tq-staging-*")]
+    return [path.name for path in slots]
 
 
 def again(act: Act, folder: Path) -> str:
@@ -173,7 +179,7 @@ def main(name: str, folder: Path) -> None:
         if code not in (0, -signal.SIGKILL):
             sys.exit(f"{name} failed by itself in repetition {number}")
         found = {**inspect(work), "again": again(act, work), "before": log.read_text() if code else "end"}
-        print(json.dumps(found), flush=True)
+        print(json.dumps({**found, "left": staged(work)}), flush=True)
         if code == 0:
             return
     sys.exit(f"{name} did not end")

@@ -52,7 +52,11 @@ def test_records_and_folders_appear_and_disappear_together(
         assert outcome["models"] in (before, after), outcome
         assert outcome["folders"] == outcome["models"], outcome
         assert outcome["whole"], outcome
-        assert outcome["staged"] == [], outcome
+        if scenario.startswith("publish") and outcome["models"] == before:
+            assert len(outcome["staged"]) <= 2, outcome  # unfinished work, kept for `again`
+        else:
+            assert outcome["staged"] == [], outcome
+        assert outcome["left"] == [], outcome
     assert found[-1]["before"] == "end"
     assert found[-1]["models"] == after
 

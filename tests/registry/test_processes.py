@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from registry import Model, Registry, open_registry
 
 WORKERS = Path(__file__).with_name("workers.py")
@@ -49,7 +51,7 @@ def test_three_processes_publish_at_once_and_one_wins_each_name(home: Path) -> N
         assert list((registry.models_root / ".staging").iterdir()) == []
 
 
-def test_what_a_killed_process_was_making_is_deleted_by_the_next_and_what_a_live_one_makes_is_not(
+def test_what_a_killed_process_was_making_is_deleted_by_the_next_model_and_what_a_live_one_makes_is_not(
     home: Path, registry: Registry
 ) -> None:
     with registry.staging("alive") as alive:
@@ -58,6 +60,46 @@ def test_what_a_killed_process_was_making_is_deleted_by_the_next_and_what_a_live
         left = Path(killed.communicate(timeout=60)[0].strip())
         assert (left / "half.safetensors").exists()
         open_registry(home).close()
-        assert not left.parent.exists()
-        assert alive.exists()
+        assert left.parent.exists()
+        with registry.staging("another"):
+            assert not left.parent.exists()
+            assert alive.exists()
     assert not alive.exists()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_same_model_finds_what_a_killed_process_had_beside_it(
+    home: Path, registry: Registry, tmp_path: Path, publish: Callable[..., Model], outside: bool
+) -> None:
+    final = tmp_path / "place" / "dead" if outside else None
+    left = Path(start("convert", home, 1, str(final or "dead")).communicate(timeout=60)[0].strip())
+    open_registry(home).close()
+    with registry.staging("dead", final) as staging:
+        assert staging == left
+        assert not staging.exists(), "half a folder was handed out as a new one"
+        assert (staging.parent / "beside").is_dir()
+    assert not left.parent.exists()
+    publish("dead", final)
+    assert list((registry.models_root / ".staging").iterdir()) == []
+    assert not outside or [path.name for path in (tmp_path / "place").iterdir()] == ["dead"]
+
+
+def test_two_processes_that_make_the_same_model_have_a_slot_each(registry: Registry) -> None:
+    with registry.staging("same") as first:
+        (first.parent / "beside").mkdir()
+        with registry.staging("same") as second:
+            assert second.parent != first.parent
+            assert not (second.parent / "beside").exists()
+        assert (first.parent / "beside").exists()
+
+
+def test_a_slot_that_holds_a_finished_model_is_not_used_before_that_is_published(
+    home: Path, registry: Registry
+) -> None:
+    start("die-publishing", home, 1, "whole").communicate(timeout=60)
+    with registry.staging("whole"), registry.staging("other"):
+        pass
+    with open_registry(home) as opened:
+        assert [recovery.action for recovery in opened.recovered] == ["published"]
+        assert opened.verify("whole").ok
+    assert list((registry.models_root / ".staging").iterdir()) == []

@@ -34,3 +34,12 @@ def test_a_slot_never_points_at_another_folder(registry: Registry, tmp_path: Pat
     open_registry(registry.home).close()
     assert precious.exists()
     assert not slot.exists()
+
+
+def test_registries_that_make_a_model_for_the_same_place_have_a_slot_each(registry: Registry, tmp_path: Path) -> None:
+    final = tmp_path / "new" / "place"
+    with open_registry(tmp_path / "second") as second, registry.staging("place", final) as first:
+        first.mkdir()
+        with second.staging("place", final) as other:
+            assert other.parent != first.parent
+        assert first.exists()

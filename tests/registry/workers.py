@@ -46,16 +46,27 @@ def publish(home: Path, times: int, who: str) -> None:
 
 
 def convert_forever(home: Path, _times: int, who: str) -> None:
-    """Die in the middle of making a model."""
-    with open_registry(home) as registry, registry.staging(who) as staging:
+    """Die in the middle of making a model, in a folder of its own where `who` is a path."""
+    final = Path(who) if "/" in who else None
+    with open_registry(home) as registry, registry.staging(Path(who).name, final) as staging:
         staging.mkdir()
+        (staging.parent / "beside").mkdir()
         (staging / "half.safetensors").write_text("half")
         print(staging, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_publishing(home: Path, _times: int, who: str) -> None:
+    """Die with a finished model about to be moved to its place."""
+    with open_registry(home) as registry, registry.staging(who) as staging:
+        staging.mkdir()
+        (staging / "model.safetensors").write_text(who)
+        setattr(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
+        registry.publish(record(who), staging)
+
+
 if __name__ == "__main__":
     task, folder, repetitions, name_of_worker = sys.argv[1:]
-    {"count": count, "publish": publish, "convert": convert_forever}[task](
+    {"count": count, "publish": publish, "convert": convert_forever, "die-publishing": die_publishing}[task](
         Path(folder), int(repetitions), name_of_worker
     )

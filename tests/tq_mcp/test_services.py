@@ -1,21 +1,35 @@
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tq_mcp.services
 from quant_engine.config import CacheConfig, QuantConfig
+from quant_engine.convert import convert
 from quant_engine.errors import InputError, RecipeError, SourceError, UnsafeModelError
-from registry import RegistryError
+from quant_engine.source import file_sha256
+from registry import RegistryError, open_registry
 from tests.tq_mcp.conftest import NAME
 from tq_mcp import loaded_model, records
 from tq_mcp.locate import Located
 from tq_mcp.services import Services, cache_configs, cache_name, open_services
 from tq_mcp.settings import Settings
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "The history of the city begins in"
+
+
+def hashes(folder: Path) -> list[tuple[str, str]]:
+    """Name and SHA-256 of each file."""
+    return [(path.name, file_sha256(path)) for path in sorted(folder.iterdir())]
 
 
 class Stop(Exception):
@@ -113,6 +127,75 @@ class TestConvert:
     def test_a_model_converted_already_is_refused(self, services: Services) -> None:
         with pytest.raises(Exception, match="already"):
             services.convert(NAME, recipe=QuantConfig(), name="twice")
+
+
+SHARD = 400_000
+
+DYING = """
+import os, signal, sys
+from tq_mcp import services
+from tq_mcp.cli import main
+convert = services.convert
+def dying(*given, progress, **options):
+    def die(done, total, message):
+        if done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return convert(*given, progress=die, max_shard_bytes=int(sys.argv[1]), **options)
+services.convert = dying
+main(["convert", *sys.argv[2:]])
+"""
+
+
+class TestConvertKilled:
+    @pytest.fixture
+    def killed(
+        self, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[[Path | None], Path]:
+        """Has `tq-mcp convert` killed half-way, into a folder of the user's choice or its own; its slot's folder."""
+        monkeypatch.setattr(tq_mcp.services, "convert", partial(convert, max_shard_bytes=SHARD))
+
+        def kill(output: Path | None) -> Path:
+            options = ["--mlx-path", str(output)] if output else ["--name", "model"]
+            options += ["--hf-path", str(demo_model), "--home", str(tmp_path / "empty")]
+            died = subprocess.run([sys.executable, "-c", DYING, str(SHARD), *options], check=False, cwd=ROOT)
+            assert died.returncode == -signal.SIGKILL
+            slots = output.parent.glob(".tq-*") if output else (tmp_path / "empty" / "models" / ".staging").iterdir()
+            return next(slots)
+
+        return kill
+
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_the_same_conversion_goes_on(
+        self, killed: Callable[[Path | None], Path], demo_model: Path, tmp_path: Path, outside: bool
+    ) -> None:
+        output = tmp_path / "chosen" / "model" if outside else None
+        left = killed(output)
+        finished = {path.name: path.stat().st_ino for path in left.glob(".model.partial-*/*.safetensors")}
+        told: list[str] = []
+        with open_services(Settings(tmp_path / "empty")) as services:
+            assert services.list_models().total == 0
+            made = services.convert(
+                str(demo_model), recipe=QuantConfig(), name="model", output=output,
+                progress=lambda *tick: told.append(tick[2]),
+            )  # fmt: skip
+        assert any(message.startswith("continuing: ") for message in told)
+        kept = [name for name, inode in finished.items() if (Path(made.path) / name).stat().st_ino == inode]
+        assert len(kept) >= len(finished) - 1 > 0, "more than the one that was being written was written again"
+        reference = convert(demo_model, tmp_path / "whole" / "model", config=QuantConfig(), max_shard_bytes=SHARD)
+        assert [(f.name, f.sha256) for f in reference.files] == hashes(Path(made.path))
+        with open_registry(tmp_path / "empty") as registry:
+            assert registry.verify("model").ok
+        assert not left.exists() and os.listdir(tmp_path / "empty" / "models" / ".staging") == []
+        assert os.listdir(Path(made.path).parent) in (["model"], [".staging", "model"], ["model", ".staging"])
+
+    def test_another_conversion_removes_what_was_left(
+        self, killed: Callable[[Path | None], Path], demo_model: Path, tmp_path: Path
+    ) -> None:
+        left = killed(tmp_path / "chosen" / "model")
+        with open_services(Settings(tmp_path / "empty")) as services:
+            assert left.exists()
+            services.convert(str(demo_model), recipe=QuantConfig(), name="other")
+        assert not left.exists() and os.listdir(tmp_path / "empty" / "models" / ".staging") == []
 
 
 class TestGenerate:
