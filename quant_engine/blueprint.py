@@ -16,7 +16,8 @@ from quant_engine.safetensors_file import FLOATS, TensorSpec, assign_shards, fil
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Names of the dtypes that kept weights can be given, and the file format's."""
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 1_000_000_000
+"""Of a file of weights; a conversion that was killed goes on after the last one that was finished."""
 
 
 @dataclass(frozen=True)
