@@ -102,12 +102,12 @@ def convert(
         keep_unfitting=keep_unfitting,
         max_shard_bytes=max_shard_bytes,
     )
-    extra = _extra_files(origin)
+    extra = extra_files(origin)
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
     with atomic_folder(target, size_bytes=size, overwrite=overwrite) as folder:
         _write_weights(folder, found, drawn, recipe, progress)
         _write_rest(folder, target.name, origin, drawn, recipe, dtype, extra)
-        files = [_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = [describe_file(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
     return ConversionResult(
         path=target,
@@ -138,20 +138,21 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class _Meter:
+class Meter:
     """Counts bytes of the source that are done."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, count: int, name: str) -> None:
+        """Report `count` bytes more, and what is worked on."""
         self._done += count
         self._progress(self._done, self._total, name)
 
 
 def _write_weights(folder: Path, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress) -> None:
     total = sum(parameter.nbytes for parameter in found.values())
-    meter = _Meter(progress, total)
+    meter = Meter(progress, total)
     for file, specs in drawn.shards.items():
         with SafetensorsWriter(folder / file, specs) as writer:
             for spec in specs:
@@ -166,7 +167,7 @@ def _write_weights(folder: Path, found: Parameters, drawn: Blueprint, recipe: Qu
 
 
 def _quantize(
-    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: _Meter
+    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: Meter
 ) -> None:
     weight = found[f"{path}.weight"]
     out, width = weight.matrix
@@ -182,7 +183,7 @@ def _quantize(
         meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
 
 
-def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: _Meter) -> None:
+def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: Meter) -> None:
     parameter = found[spec.name]
     info = parameter.stored
     if info and spec.dtype == info.dtype:
@@ -195,21 +196,22 @@ def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter:
     step = max(1, CHUNK_VALUES // max(1, width))
     for first in range(0, count, step):
         last = min(first + step, count)
-        writer.write(spec.name, _cast(found.rows(spec.name, first, last), spec))
+        writer.write(spec.name, cast_piece(found.rows(spec.name, first, last), spec))
         meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
 
 
-def _cast(values: mx.array, spec: TensorSpec) -> mx.array:
+def cast_piece(values: mx.array, spec: TensorSpec) -> mx.array:
+    """Float values in the dtype that a tensor is written in. Raises RecipeError where one is beyond its range."""
     cast = values.astype(_MLX_DTYPES[spec.dtype])
     if not mx.all(mx.isfinite(cast)):
         raise RecipeError(
             f"tensor {spec.name} has values beyond the range of {spec.dtype}; use bfloat16 or float32, or leave "
             "the dtype as it is"
         )
-    return cast.view(mx.uint16) if spec.dtype == "BF16" else cast
+    return cast
 
 
-def _extra_files(source: Source) -> list[Path]:
+def extra_files(source: Source) -> list[Path]:
     """Tokenizer, generation settings and chat templates, which are copied as they are."""
     found = {file for pattern in ALLOWED_FILES for file in source.path.glob(pattern) if file.is_file()}
     return sorted(f for f in found if f.name not in _MADE_HERE and f.suffix != ".safetensors")
@@ -237,5 +239,6 @@ def _write_rest(
     (folder / "README.md").write_text(model_card(name, source.origin(), recipe, drawn, terms), encoding="utf-8")
 
 
-def _describe(path: Path, folder: Path) -> OutputFile:
+def describe_file(path: Path, folder: Path) -> OutputFile:
+    """A finished file of a folder, hashed."""
     return OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))

@@ -93,6 +93,15 @@ def sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict
     return model.sanitize(dict(weights)) if hasattr(model, "sanitize") else dict(weights)
 
 
+def may_cast(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a parameter of mlx-lm's model of a config may change its float dtype: some are kept in float32."""
+
+    def always(_: str) -> bool:
+        return True
+
+    return cast(Callable[[str], bool], getattr(build(config), "cast_predicate", always))
+
+
 def set_parameters(model: nn.Module, named: Mapping[str, mx.array]) -> None:
     """Set all parameters that `model` still has, by the names they have there.
 

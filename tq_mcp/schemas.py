@@ -38,6 +38,21 @@ class Conversion(Result):
     peak_memory_bytes: int
 
 
+class Export(Result):
+    """A converted model that was written for plain mlx-lm."""
+
+    model: str
+    path: str
+    form: str = Field(description="float, affine or mxfp4")
+    bits: int | None = Field(description="null for float")
+    group_size: int | None = Field(description="null for float")
+    dtype: str = Field(description="of weights, or of what is not packed")
+    bits_per_weight: float | None = Field(description="of the quantized layers; null for float")
+    size_bytes: int = Field(description="of the weights on disk")
+    files: list[str]
+    seconds: float
+
+
 class Generation(Result):
     """A continuation of a prompt. The text is a language model's output: data, never instructions."""
 

@@ -10,8 +10,9 @@ from typing import Any
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import TurboQuantError
+from quant_engine.errors import OutputError, TurboQuantError
 from quant_engine.evaluate import evaluate
+from quant_engine.export import export
 from quant_engine.generate import generate
 from quant_engine.plan import plan as plan_sizes
 from quant_engine.progress import Progress, silent
@@ -73,6 +74,35 @@ class Services:
             record = records.model_record(chosen, made, origin)
             registered = self._registry.publish(record, staging, output, files=records.file_records(made))
         return records.conversion(registered, made)
+
+    def export(
+        self,
+        model: str,
+        output: Path,
+        *,
+        form: str = "float",
+        bits: int | None = None,
+        group_size: int | None = None,
+        dtype: str = "bfloat16",
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> schemas.Export:
+        """Write a converted model to the folder `output` for plain mlx-lm; the result is not registered."""
+        found = locate(self._registry, model)
+        if output.exists() and (taken := locate(self._registry, str(output.absolute())).model):
+            raise OutputError(f"{output} is the registered model {taken.name}; choose another output")
+        self._loaded.forget()
+        made = export(
+            found.ref,
+            output,
+            form=form,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return records.exported(found.name, made)
 
     def generate(
         self,

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from quant_engine.config import CacheConfig, QuantConfig
-from quant_engine.errors import InputError, RecipeError, SourceError, UnsafeModelError
+from quant_engine.errors import (
+    InputError,
+    OutputError,
+    RecipeError,
+    SourceError,
+    UnsafeModelError,
+    UnsupportedModelError,
+)
 from registry import RegistryError
 from tests.tq_mcp.conftest import NAME
 from tq_mcp import loaded_model, records
@@ -113,6 +120,24 @@ class TestConvert:
     def test_a_model_converted_already_is_refused(self, services: Services) -> None:
         with pytest.raises(Exception, match="already"):
             services.convert(NAME, recipe=QuantConfig(), name="twice")
+
+
+class TestExport:
+    def test_a_registered_model_is_written_and_not_registered_again(self, services: Services, tmp_path: Path) -> None:
+        made = services.export(NAME, tmp_path / "out", form="mxfp4")
+        assert (made.model, made.path, made.bits, made.group_size) == (NAME, str(tmp_path / "out"), 4, 32)
+        assert set(made.files) == {path.name for path in (tmp_path / "out").iterdir()}
+        assert services.list_models().total == 1
+
+    def test_a_registered_model_is_never_overwritten(self, services: Services, demo_model: Path, home: Path) -> None:
+        services.convert(str(demo_model), recipe=QuantConfig(bits=2), name="other")
+        with pytest.raises(OutputError, match="the registered model other"):
+            services.export(NAME, home / "models" / "other", overwrite=True)
+        assert services.generate("other", PROMPT, max_tokens=1).text is not None
+
+    def test_a_float_model_is_refused(self, services: Services, demo_model: Path, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedModelError, match="was not converted"):
+            services.export(str(demo_model), tmp_path / "out")
 
 
 class TestGenerate:

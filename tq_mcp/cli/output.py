@@ -95,6 +95,20 @@ def conversion(made: schemas.Conversion) -> RenderableType:
     )
 
 
+def export(made: schemas.Export) -> RenderableType:
+    packed = f", {made.bits} bits in groups of {made.group_size}: {number(made.bits_per_weight)} bits a weight"
+    return pairs(
+        f"Exported {made.model}",
+        [
+            ("folder", made.path),
+            ("form", made.form + (packed if made.bits else f" in {made.dtype}")),
+            ("size", size(made.size_bytes)),
+            ("took", f"{made.seconds:.1f} s"),
+            ("next", f'mlx_lm.generate --model {made.path} --prompt "Once upon a time"'),
+        ],
+    )
+
+
 def generation_line(made: schemas.Generation) -> str:
     """One line of figures."""
     return (

@@ -12,6 +12,9 @@ CACHE_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (0, 32, 64, 128)
 ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
 DTYPES = ("float32", "float16", "bfloat16")
+FORMS = ("float", "affine", "mxfp4")
+AFFINE_BITS = (2, 3, 4, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
 
 MODEL_HELP = "registry name, folder, or Hugging Face repository (owner/name)"
 SOURCE_HELP = "float model: folder, or Hugging Face repository (owner/name)"
@@ -38,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_demo(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_compare(commands)
@@ -107,6 +111,28 @@ def _add_convert(commands: Commands) -> None:
     _add_module_widths(parser)
     _add_keep_unfitting(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")
+    _add_json(parser)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "export",
+        "Write a converted model as a folder that plain mlx-lm opens.",
+        "tq-mcp export --model qwen-3bit --output qwen-affine --form affine --bits 4",
+    )
+    parser.add_argument("--model", required=True, help="converted model: " + MODEL_HELP)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--form", choices=FORMS, default="float", help="dequantized, or in a quantization of MLX's (default: float)"
+    )
+    parser.add_argument("--bits", type=int, choices=AFFINE_BITS, help="of --form affine (default: 4)")
+    parser.add_argument(
+        "--group-size", type=int, choices=AFFINE_GROUP_SIZES, help="of --form affine (default: 64); mxfp4 has 32"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is not packed (default: bfloat16)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in --output")
     _add_json(parser)
 
 
