@@ -78,6 +78,24 @@ def test_the_float_export_loads_here_too(converted: Path, floats: Path) -> None:
     assert difference(load_source(resolve(floats), dtype="float32"), ours) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_opens_the_float_export_of_dense_models(
+    architecture: str, demo_model: Path, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    converted = _convert(architecture, demo_model, tmp_path)
+    made = export(converted, tmp_path / "out", dtype="float32")
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        made.path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(told.values())
+    with torch.no_grad():
+        found = mx.array(theirs.eval()(torch.tensor([TOKENS])).logits[0].numpy())
+    expected = logits(load_source(resolve(converted), dtype="float32"))
+    assert float(mx.abs(found - expected).max() / mx.abs(expected).max()) < 1e-4
+
+
 @pytest.mark.parametrize(("form", "bits"), [("affine", 3), ("affine", 8), ("mxfp4", 4)])
 def test_a_quantized_export_is_mlxs_quantization_of_the_dequantized_weights(
     converted: Path, form: str, bits: int
