@@ -14,6 +14,7 @@ from quant_engine.errors import OutputError, TurboQuantError
 from quant_engine.evaluate import evaluate
 from quant_engine.export import export
 from quant_engine.generate import generate
+from quant_engine.loader import load_source, load_tokenizer
 from quant_engine.plan import plan as plan_sizes
 from quant_engine.progress import Progress, silent
 from quant_engine.sampling import Sampling
@@ -103,6 +104,11 @@ class Services:
             progress=progress,
         )
         return records.exported(found.name, made)
+
+    def open(self, model: str, settings: Mapping[str, Any] | None = None) -> tuple[Any, Any, dict[str, Any]]:
+        """mlx-lm's model, its tokenizer with these settings for its own, and its config; not kept loaded here."""
+        source = resolve(locate(self._registry, model).ref)
+        return load_source(source), load_tokenizer(source, settings), dict(source.config)
 
     def generate(
         self,

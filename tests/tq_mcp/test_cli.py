@@ -32,6 +32,7 @@ COMMANDS = [
     "plan",
     "models ls",
     "models show",
+    "mlx-lm",
     "doctor",
 ]
 

@@ -15,6 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 FORMS = ("float", "affine", "mxfp4")
 AFFINE_BITS = (2, 3, 4, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
+MLX_LM_PROGRAMS = ("generate", "chat", "server")
 
 MODEL_HELP = "registry name, folder, or Hugging Face repository (owner/name)"
 SOURCE_HELP = "float model: folder, or Hugging Face repository (owner/name)"
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_plan(commands)
     _add_models(commands)
+    _add_mlx_lm(commands)
     _add_doctor(commands)
     return parser
 
@@ -235,6 +237,20 @@ def _add_models(commands: Commands) -> None:
     showing = _command(actions, "show", "models", "Show all about one model.", "tq-mcp models show qwen-3bit")
     showing.add_argument("name", help="name or alias")
     _add_json(showing)
+
+
+def _add_mlx_lm(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "mlx-lm",
+        "mlx_lm",
+        "Run mlx-lm's own generate, chat or server on a converted model.",
+        "tq-mcp mlx-lm server --model qwen-3bit --port 8080",
+    )
+    parser.add_argument("program", choices=MLX_LM_PROGRAMS)
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="mlx-lm's, --help for one; --model takes a registry name too"
+    )
 
 
 def _add_doctor(commands: Commands) -> None:
