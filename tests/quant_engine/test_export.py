@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from quant_engine.errors import OutputError, RecipeError, UnsupportedModelError
 from quant_engine.export import export
 from quant_engine.loader import load_source
 from quant_engine.source import resolve
+from tests.quant_engine.checkpoints import write_large_model
 from tests.quant_engine.published import TOKENS, write_published
 
 ARCHITECTURES = ("demo", "llama", "qwen3_moe", "gpt_oss", "qwen3_5")
@@ -254,3 +257,22 @@ class TestRefusals:
         with pytest.raises(RecipeError, match=r"model\.norm\.weight has values beyond the range of F16"):
             export(folder, tmp_path / "out", dtype="float16")
         assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+MEASURED = """
+import json, sys
+from quant_engine.convert import peak_memory_bytes
+from quant_engine.export import export
+start = peak_memory_bytes()
+export(sys.argv[1], sys.argv[2], form="affine")
+print(json.dumps([start, peak_memory_bytes()]))
+"""
+
+
+def test_exporting_500_mb_takes_less_memory_than_its_largest_layer(tmp_path: Path) -> None:
+    """Counted from the process's start with its libraries loaded."""
+    largest = write_large_model(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "converted")
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "converted"), str(tmp_path / "out")]
+    start, peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak - start < largest
