@@ -21,9 +21,9 @@ from quant_engine.export import export
 from quant_engine.loader import load_source
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_large_model
-from tests.quant_engine.published import TOKENS, write_published
+from tests.quant_engine.published import NAMES, TOKENS, write_published
 
-ARCHITECTURES = ("demo", "llama", "qwen3_moe", "gpt_oss", "qwen3_5")
+ARCHITECTURES = ("demo", *NAMES)
 
 
 def _convert(name: str, demo_model: Path, folder: Path, **recipe: Any) -> Path:
