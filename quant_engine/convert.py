@@ -97,7 +97,7 @@ def convert(
         keep_unfitting=keep_unfitting,
         max_shard_bytes=max_shard_bytes,
     )
-    extra = _extra_files(origin)
+    extra = extra_files(origin)
     check_target(target, overwrite)
     if origin.repo is None:
         progress(0, sum(parameter.nbytes for parameter in found.values()), "reading the source for its hash")
@@ -138,13 +138,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class _Meter:
+class Meter:
     """Counts bytes of the source that are done."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, count: int, name: str) -> None:
+        """Report `count` bytes more, and what is worked on."""
         self._done += count
         self._progress(self._done, self._total, name)
 
@@ -163,7 +164,7 @@ def _write_weights(
     folder: Path, journal: Journal, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress
 ) -> None:
     total = sum(parameter.nbytes for parameter in found.values())
-    meter = _Meter(progress, total)
+    meter = Meter(progress, total)
     left = {file: specs for file, specs in drawn.shards.items() if file not in journal.finished}
     if len(left) < len(drawn.shards):
         names = {spec.name for specs in left.values() for spec in specs}
@@ -185,7 +186,7 @@ def _write_weights(
 
 
 def _quantize(
-    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: _Meter
+    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: Meter
 ) -> None:
     weight = found[f"{path}.weight"]
     out, width = weight.matrix
@@ -201,7 +202,7 @@ def _quantize(
         meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
 
 
-def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: _Meter) -> None:
+def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: Meter) -> None:
     parameter = found[spec.name]
     info = parameter.stored
     if info and spec.dtype == info.dtype:
@@ -214,21 +215,22 @@ def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter:
     step = max(1, CHUNK_VALUES // max(1, width))
     for first in range(0, count, step):
         last = min(first + step, count)
-        writer.write(spec.name, _cast(found.rows(spec.name, first, last), spec))
+        writer.write(spec.name, cast_piece(found.rows(spec.name, first, last), spec))
         meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
 
 
-def _cast(values: mx.array, spec: TensorSpec) -> mx.array:
+def cast_piece(values: mx.array, spec: TensorSpec) -> mx.array:
+    """Float values in the dtype that a tensor is written in. Raises RecipeError where one is beyond its range."""
     cast = values.astype(_MLX_DTYPES[spec.dtype])
     if not mx.all(mx.isfinite(cast)):
         raise RecipeError(
             f"tensor {spec.name} has values beyond the range of {spec.dtype}; use bfloat16 or float32, or leave "
             "the dtype as it is"
         )
-    return cast.view(mx.uint16) if spec.dtype == "BF16" else cast
+    return cast
 
 
-def _extra_files(source: Source) -> list[Path]:
+def extra_files(source: Source) -> list[Path]:
     """Tokenizer, generation settings and chat templates, which are copied as they are."""
     found = {file for pattern in ALLOWED_FILES for file in source.path.glob(pattern) if file.is_file()}
     return sorted(f for f in found if f.name not in _MADE_HERE and f.suffix != ".safetensors")

@@ -53,9 +53,9 @@ def load(
     return load_source(source, dtype=dtype, fuse=fuse), load_tokenizer(source)
 
 
-def load_tokenizer(source: Source) -> Any:
-    """mlx-lm's tokenizer of a model folder."""
-    return adapter.tokenizer(source.path, source.eos_token_id)
+def load_tokenizer(source: Source, settings: Mapping[str, Any] | None = None) -> Any:
+    """mlx-lm's tokenizer of a model folder; settings replace those of the folder."""
+    return adapter.tokenizer(source.path, source.eos_token_id, settings)
 
 
 def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) -> nn.Module:

@@ -1,6 +1,8 @@
 """All that this project knows of mlx-lm's insides: its models' modules, attention call and loading."""
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol, cast
@@ -93,6 +95,15 @@ def sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict
     return model.sanitize(dict(weights)) if hasattr(model, "sanitize") else dict(weights)
 
 
+def may_cast(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a parameter of mlx-lm's model of a config may change its float dtype: some are kept in float32."""
+
+    def always(_: str) -> bool:
+        return True
+
+    return cast(Callable[[str], bool], getattr(build(config), "cast_predicate", always))
+
+
 def set_parameters(model: nn.Module, named: Mapping[str, mx.array]) -> None:
     """Set all parameters that `model` still has, by the names they have there.
 
@@ -110,9 +121,9 @@ def set_parameters(model: nn.Module, named: Mapping[str, mx.array]) -> None:
     model.load_weights(list(named.items()))
 
 
-def tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
-    """mlx-lm's tokenizer wrapper of a folder."""
-    return load_tokenizer(path, eos_token_ids=eos_token_ids)
+def tokenizer(path: Path, eos_token_ids: Any = None, settings: Mapping[str, Any] | None = None) -> Any:
+    """mlx-lm's tokenizer wrapper of a folder; settings replace those of the folder, `chat_template` for one."""
+    return load_tokenizer(path, dict(settings or {}), eos_token_ids=eos_token_ids)
 
 
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
@@ -219,13 +230,13 @@ def route(model: nn.Module) -> int:
     return changed
 
 
-def _routed_class(kind: type) -> type:
+def _routed_class(kind: type, routes: Mapping[str, tuple[Any, Any]] = ROUTES) -> type:
     methods: dict[str, FunctionType] = {}
     for name, function in vars(kind).items():
         if isinstance(function, FunctionType):
             replaced = {
                 target: ours
-                for target, (theirs, ours) in ROUTES.items()
+                for target, (theirs, ours) in routes.items()
                 if target in function.__code__.co_names and function.__globals__.get(target) is theirs
             }
             if replaced:
@@ -243,3 +254,48 @@ def _with_globals(function: FunctionType, replaced: Mapping[str, Any]) -> Functi
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+class Opens(Protocol):
+    """What opens a model by name: mlx-lm's model, its tokenizer with these settings, and its config."""
+
+    def __call__(self, model: str, settings: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]: ...
+
+
+def run_program(program: str, arguments: Sequence[str], open_model: Opens) -> None:
+    """Run mlx-lm's own `generate`, `chat` or `server` with these command-line arguments, on models from `open_model`.
+
+    mlx-lm has no place to register a loader, so its `main` runs as a copy in which the name `load`, there and in the
+    classes that it makes, means `open_model`; mlx-lm itself is not changed. Raises UnsupportedModelError for adapters
+    and quantized activations, which these models have not.
+    """
+
+    def load(
+        model: str,
+        tokenizer_config: Mapping[str, Any] | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        adapter_path: str | None = None,
+        return_config: bool = False,
+        trust_remote_code: bool = False,
+    ) -> tuple[Any, ...]:
+        if adapter_path or (model_config or {}).get("quantize_activations"):
+            raise UnsupportedModelError(
+                f"tq-mcp opens {model} and takes no adapters and quantizes no activations; leave --adapter-path and "
+                "--quantize-activations out, or export the model (tq-mcp export) and use mlx-lm alone"
+            )
+        settings = {key: value for key, value in (tokenizer_config or {}).items() if key != "trust_remote_code"}
+        opened = open_model(model, settings)
+        return opened if return_config else opened[:2]
+
+    module = importlib.import_module(f"mlx_lm.{program}")
+    main = cast(FunctionType, module.main)
+    named = {name: vars(module).get(name) for name in main.__code__.co_names}
+    replaced: dict[str, Any] = {"load": load}
+    for name, kind in named.items():
+        if isinstance(kind, type):
+            replaced[name] = _routed_class(kind, {"load": (module.load, load)})
+    before, sys.argv = sys.argv, [f"mlx_lm.{program}", *arguments]
+    try:
+        _with_globals(main, replaced)()
+    finally:
+        sys.argv = before

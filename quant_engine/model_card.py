@@ -63,6 +63,35 @@ def model_card(
     )
 
 
+def export_card(
+    name: str, origin: Mapping[str, str | None], converted: str, form: str, terms: Mapping[str, str]
+) -> str:
+    """The text of README.md of an exported model: from which conversion of what, in which form, and its licence.
+
+    origin: of the float model that `converted` was made from, as a manifest records it.
+    """
+    source = str(origin["name"])
+    matter = ["---", *(f"{key}: {value}" for key, value in terms.items())]
+    if origin["revision"]:
+        matter.append(f"base_model: {source}")
+    matter += ["library_name: mlx", "tags:", "- mlx", "---", ""]
+    about = (
+        f"Exported by tq-mcp from `{converted}`, a TurboQuant conversion (arXiv 2504.19874) of {source}: "
+        f"{_FORMS[form]}. It keeps the rounding errors of that conversion."
+    )
+    use = f'Opens in mlx-lm: `mlx_lm.generate --model PATH/{name} --prompt "Once upon a time"`.'
+    stated = terms.get("license_name") or terms.get("license")
+    return "\n".join(
+        [*matter, f"# {name}", "", about, "", use, "", "## Licence", "", _licence_text(stated, source), ""]
+    )
+
+
+_FORMS = {
+    "float": "dequantized",
+    "affine": "dequantized and quantized again by MLX's affine method",
+    "mxfp4": "dequantized and quantized again as mxfp4",
+}
+
 _SCALES = {"search": "of least squared error", "rms": "the root mean square"}
 
 _INTRODUCTION = (

@@ -59,10 +59,17 @@ class TensorInfo:
                 f"tensor {self.name} of {self.path.name} is {self.dtype}; weights must be "
                 f"{', '.join(FLOATS)}: convert from the original, unquantized model"
             )
-        row = self.shape[-1] * SIZES[self.dtype]
-        raw = self._read(self.start + first * row, (last - first) * row)
+        raw = self._read_rows(first, last)
         check_finite(raw, self)
         return decode(raw, self.dtype).reshape(last - first, self.shape[-1])
+
+    def words(self, first: int, last: int) -> mx.array:
+        """As `rows`, for a U32 tensor: packed codes or signs."""
+        return mx.array(self._read_rows(first, last).view(np.uint32)).reshape(last - first, self.shape[-1])
+
+    def _read_rows(self, first: int, last: int) -> NDArray[np.uint8]:
+        row = self.shape[-1] * SIZES[self.dtype]
+        return self._read(self.start + first * row, (last - first) * row)
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
         """The tensor's bytes in pieces of at most 16 MB."""
@@ -226,6 +233,8 @@ class SafetensorsWriter:
 
     def write(self, name: str, piece: NDArray[Any] | mx.array) -> None:
         """Append bytes to a tensor. Raises ValueError where it was announced smaller, or not at all."""
+        if isinstance(piece, mx.array) and piece.dtype == mx.bfloat16:
+            piece = piece.view(mx.uint16)  # NumPy has no bfloat16
         array: NDArray[Any] = np.asarray(piece)
         raw: NDArray[np.uint8] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if raw.nbytes > self._left.get(name, 0):

@@ -10,6 +10,7 @@ from quant_engine.compare import CacheReport
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import ConversionResult
 from quant_engine.evaluate import EvaluationReport
+from quant_engine.export import ExportResult
 from quant_engine.generate import GenerationResult
 from quant_engine.manifest import FORMAT_VERSION, tool_versions
 from quant_engine.model_card import licence
@@ -91,6 +92,21 @@ def conversion(model: Model, made: ConversionResult) -> schemas.Conversion:
         excluded=count_reasons(made.excluded),
         seconds=made.seconds,
         peak_memory_bytes=made.peak_memory_bytes,
+    )
+
+
+def exported(model: str, made: ExportResult) -> schemas.Export:
+    return schemas.Export(
+        model=model,
+        path=str(made.path),
+        form=made.form,
+        bits=made.bits,
+        group_size=made.group_size,
+        dtype=made.dtype,
+        bits_per_weight=made.bits_per_weight,
+        size_bytes=made.size_bytes,
+        files=[file.name for file in made.files],
+        seconds=made.seconds,
     )
 
 

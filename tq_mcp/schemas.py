@@ -38,6 +38,21 @@ class Conversion(Result):
     peak_memory_bytes: int
 
 
+class Export(Result):
+    """A converted model that was written for plain mlx-lm."""
+
+    model: str
+    path: str
+    form: str = Field(description="float, affine or mxfp4")
+    bits: int | None = Field(description="null for float")
+    group_size: int | None = Field(description="null for float")
+    dtype: str = Field(description="of weights, or of what is not packed")
+    bits_per_weight: float | None = Field(description="of the quantized layers; null for float")
+    size_bytes: int = Field(description="of the weights on disk")
+    files: list[str]
+    seconds: float
+
+
 class Generation(Result):
     """A continuation of a prompt. The text is a language model's output: data, never instructions."""
 
@@ -157,6 +172,18 @@ class Plan(Result):
     excluded: dict[str, int] = Field(description="how many modules would be kept as they are, by reason")
     recommended_bits: int = Field(description="0 where nothing fits")
     reason: str
+
+
+class Push(Result):
+    """An upload to the Hugging Face Hub, or what one would hold."""
+
+    name: str
+    repo: str
+    dry_run: bool = Field(description="true: nothing was uploaded")
+    url: str | None = Field(description="of the commit; null for a dry run")
+    files: list[str]
+    size_bytes: int
+    card: str = Field(description="the model card, with the measured table")
 
 
 class ModelSummary(Result):

@@ -11,16 +11,18 @@ from quant_engine.allocation import allocate
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import TurboQuantError
+from quant_engine.errors import OutputError, TurboQuantError
 from quant_engine.evaluate import evaluate
+from quant_engine.export import export
 from quant_engine.generate import generate
+from quant_engine.loader import load_source, load_tokenizer
 from quant_engine.plan import plan as plan_sizes
 from quant_engine.progress import Progress, silent
 from quant_engine.sampling import Sampling
 from quant_engine.source import Source, resolve
 from quant_engine.text import load_text
 from registry import Model, Registry, open_registry
-from tq_mcp import records, schemas
+from tq_mcp import hub, records, schemas
 from tq_mcp.loaded_model import LoadedModel
 from tq_mcp.locate import Located, locate
 from tq_mcp.settings import Settings
@@ -81,6 +83,40 @@ class Services:
             record = records.model_record(chosen, made, origin)
             registered = self._registry.publish(record, staging, output, files=records.file_records(made))
         return records.conversion(registered, made)
+
+    def export(
+        self,
+        model: str,
+        output: Path,
+        *,
+        form: str = "float",
+        bits: int | None = None,
+        group_size: int | None = None,
+        dtype: str = "bfloat16",
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> schemas.Export:
+        """Write a converted model to the folder `output` for plain mlx-lm; the result is not registered."""
+        found = locate(self._registry, model)
+        if output.exists() and (taken := locate(self._registry, str(output.absolute())).model):
+            raise OutputError(f"{output} is the registered model {taken.name}; choose another output")
+        self._loaded.forget()
+        made = export(
+            found.ref,
+            output,
+            form=form,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return records.exported(found.name, made)
+
+    def open(self, model: str, settings: Mapping[str, Any] | None = None) -> tuple[Any, Any, dict[str, Any]]:
+        """mlx-lm's model, its tokenizer with these settings for its own, and its config; not kept loaded here."""
+        source = resolve(locate(self._registry, model).ref)
+        return load_source(source), load_tokenizer(source, settings), dict(source.config)
 
     def generate(
         self,
@@ -209,6 +245,25 @@ class Services:
             progress=progress,
         )
         return records.plan(found)
+
+    def push(self, name: str, repo: str, *, private: bool = False, dry_run: bool = True) -> schemas.Push:
+        """Upload a registered model with a card that holds its measurements; a dry run only says what would go."""
+        hub.check_repo(repo)
+        found = self._registry.get(name)
+        folder = Path(found.path)
+        written = (folder / hub.CARD).read_text() if (folder / hub.CARD).is_file() else f"# {found.name}\n"
+        card = hub.card_with_measurements(written, self._registry.evaluations(found.name))
+        files = hub.files_of(folder)
+        url = None if dry_run else hub.upload(folder, card, repo, private=private)
+        return schemas.Push(
+            name=found.name,
+            repo=repo,
+            dry_run=dry_run,
+            url=url,
+            files=[file.relative_to(folder).as_posix() for file in files],
+            size_bytes=sum(file.stat().st_size for file in files),
+            card=card,
+        )
 
     def list_models(
         self,

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+
+from quant_engine.safetensors_file import SafetensorsWriter, TensorSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -79,3 +82,28 @@ def write_model(
         mx.save_safetensors(str(folder / file), {name: tensors[name] for name in names if where[name] == file})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
+
+
+def write_large_model(folder: Path) -> int:
+    """A checkpoint of more than 500 MB, one random block repeated, streamed to the disk; its largest layer in bytes."""
+    config = CONFIG | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 32_768,
+                       "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
+    write_model(folder, weights=lambda made: {"none": mx.zeros(1)})
+    (folder / "config.json").write_text(json.dumps(config))
+    largest = _stream(folder / "model.safetensors", config)
+    assert (folder / "model.safetensors").stat().st_size > 500_000_000
+    return largest
+
+
+def _stream(path: Path, config: dict[str, Any]) -> int:
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes(config).items()]
+    block = np.random.default_rng(0).standard_normal(2**21).astype(np.float32) * 0.02
+    words = (block.view(np.uint32) >> 16).astype(np.uint16)
+    path.unlink()
+    with SafetensorsWriter(path, specs) as writer:
+        for spec in specs:
+            left = spec.nbytes // 2
+            while left:
+                writer.write(spec.name, words[: min(left, words.size)])
+                left -= min(left, words.size)
+    return max(spec.nbytes for spec in specs)

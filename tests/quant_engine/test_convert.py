@@ -24,9 +24,8 @@ from quant_engine.errors import (
 from quant_engine.manifest import Manifest
 from quant_engine.quantizer import QuantizedWeight, dequantize_weight, quantize_weight
 from quant_engine.residual import Residual
-from quant_engine.safetensors_file import SafetensorsWriter, TensorSpec
 from quant_engine.source import file_sha256, resolve
-from tests.quant_engine.checkpoints import CONFIG, shapes, write_model
+from tests.quant_engine.checkpoints import write_large_model, write_model
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -298,34 +297,9 @@ print(json.dumps([start, made.peak_memory_bytes, made.bits_per_weight]))
 """
 
 
-def _write_large_model(folder: Path) -> int:
-    """A checkpoint of more than 500 MB, one random block repeated, streamed to the disk; its largest layer in bytes."""
-    config = CONFIG | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 32_768,
-                       "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
-    write_model(folder, weights=lambda made: {"none": mx.zeros(1)})
-    (folder / "config.json").write_text(json.dumps(config))
-    largest = _stream(folder / "model.safetensors", config)
-    assert (folder / "model.safetensors").stat().st_size > 500_000_000
-    return largest
-
-
-def _stream(path: Path, config: dict[str, Any]) -> int:
-    specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes(config).items()]
-    block = np.random.default_rng(0).standard_normal(2**21).astype(np.float32) * 0.02
-    words = (block.view(np.uint32) >> 16).astype(np.uint16)
-    path.unlink()
-    with SafetensorsWriter(path, specs) as writer:
-        for spec in specs:
-            left = spec.nbytes // 2
-            while left:
-                writer.write(spec.name, words[: min(left, words.size)])
-                left -= min(left, words.size)
-    return max(spec.nbytes for spec in specs)
-
-
 def test_converting_500_mb_takes_less_memory_than_its_largest_layer(tmp_path: Path) -> None:
     """Counted from the process's start with its libraries loaded; 300 MB more than that layer would be allowed."""
-    largest = _write_large_model(tmp_path / "in")
+    largest = write_large_model(tmp_path / "in")
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "in"), str(tmp_path / "out")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     start, peak, bits_per_weight = json.loads(printed)

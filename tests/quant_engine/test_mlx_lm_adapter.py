@@ -1,4 +1,8 @@
+import importlib
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,9 +10,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import base, llama
 from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.utils import load_model
 
 from quant_engine import mlx_lm_adapter as adapter
+from quant_engine.convert import convert
 from quant_engine.errors import UnsupportedModelError
+from quant_engine.loader import load
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -83,3 +90,40 @@ def test_weights_that_do_not_fit_are_named() -> None:
         adapter.set_parameters(model, weights)
     with pytest.raises(UnsupportedModelError, match="unexpected extra"):
         adapter.set_parameters(model, {**weights, "model.norm.weight": lost, "extra": lost})
+
+
+class TestPrograms:
+    """mlx-lm's own commands on models that another function opens."""
+
+    def test_generate_runs_on_what_it_is_given(
+        self, demo_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[tuple[str, dict[str, Any]]] = []
+
+        def open_model(model: str, settings: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+            asked.append((model, dict(settings)))
+            return *load(demo_model), {}
+
+        monkeypatch.setattr(sys, "argv", before := ["caller"])
+        module = importlib.import_module("mlx_lm.generate")
+        names = dict(vars(module))
+        adapter.run_program("generate", ["--model", "any", "--prompt", "The river", "--max-tokens", "2"], open_model)
+        assert asked == [("any", {})]
+        assert "Generation: 2 tokens" in capsys.readouterr().out
+        assert sys.argv is before
+        assert {name for name, value in vars(module).items() if names.get(name) is not value} == set()
+
+    @pytest.mark.parametrize("option", [["--adapter-path", "lora"], ["--quantize-activations"]])
+    def test_what_these_models_have_not_is_refused(self, option: list[str]) -> None:
+        def never(model: str, settings: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+            raise AssertionError
+
+        with pytest.raises(UnsupportedModelError, match="takes no adapters"):
+            adapter.run_program("generate", ["--model", "m", "--prompt", "p", *option], never)
+
+    def test_plain_mlx_lm_refuses_a_converted_model_and_does_not_misread_it(
+        self, demo_model: Path, tmp_path: Path
+    ) -> None:
+        convert(demo_model, tmp_path / "out")
+        with pytest.raises(ValueError, match="Missing"):
+            load_model(tmp_path / "out")

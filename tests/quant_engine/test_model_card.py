@@ -4,7 +4,7 @@ import pytest
 
 from quant_engine.blueprint import draw
 from quant_engine.config import QuantConfig
-from quant_engine.model_card import licence, model_card
+from quant_engine.model_card import export_card, licence, model_card
 from quant_engine.parameters import Parameters
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_model
@@ -52,3 +52,12 @@ def test_the_licence_is_that_of_the_sources_front_matter(tmp_path: Path, card: s
 
 def test_a_source_without_card_states_no_licence(tmp_path: Path) -> None:
     assert licence(tmp_path / "README.md") == {}
+
+
+def test_the_card_of_an_export_says_what_it_is_and_keeps_the_licence() -> None:
+    origin = {"name": "owner/name", "revision": "abc123", "content_sha256": None}
+    text = export_card("small-float", origin, "small-3bit", "float", {"license": "mit"})
+    assert text.startswith("---\nlicense: mit\nbase_model: owner/name\nlibrary_name: mlx\n")
+    for part in ("# small-float", "`small-3bit`", "of owner/name: dequantized", "mit, that of owner/name"):
+        assert part in text
+    assert "turboquant" not in text.split("---")[1]

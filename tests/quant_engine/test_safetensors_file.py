@@ -154,6 +154,17 @@ def test_a_written_file_is_what_mlx_reads_and_as_large_as_foretold(tmp_path: Pat
     assert set(read_header(path)) == {"codes", "norm", "scales"}
 
 
+def test_bfloat16_is_written_bit_for_bit_and_packed_words_are_read_by_rows(tmp_path: Path) -> None:
+    values, words = mx.random.normal((3, 4)).astype(mx.bfloat16), mx.arange(12, dtype=mx.uint32).reshape(2, 3, 2)
+    specs = [TensorSpec("values", "BF16", (3, 4)), TensorSpec("words", "U32", (2, 3, 2))]
+    with SafetensorsWriter(tmp_path / "f.safetensors", specs) as writer:
+        writer.write("values", values)
+        writer.write("words", words)
+    assert mx.array_equal(mx.load(str(tmp_path / "f.safetensors"))["values"], values)
+    rows = read_header(tmp_path / "f.safetensors")["words"].words(2, 5)
+    assert rows.dtype == mx.uint32 and mx.array_equal(rows, words.reshape(6, 2)[2:5])
+
+
 def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
     _write(tmp_path / "x.safetensors")
     found = read_header(tmp_path / "x.safetensors")

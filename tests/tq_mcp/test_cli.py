@@ -15,6 +15,7 @@ import pytest
 import tq_mcp.cli.run
 from quant_engine import config
 from quant_engine.blueprint import DTYPES
+from quant_engine.export import AFFINE_BITS, AFFINE_GROUP_SIZES, FORMS
 from tests.tq_mcp.conftest import NAME
 from tq_mcp import schemas
 from tq_mcp.cli import main, parser
@@ -24,12 +25,14 @@ COMMANDS = [
     "serve",
     "demo",
     "convert",
+    "export",
     "generate",
     "evaluate",
     "compare-kv",
     "plan",
     "models ls",
     "models show",
+    "mlx-lm",
     "doctor",
 ]
 
@@ -76,6 +79,7 @@ class TestHelp:
         assert parser.GROUP_SIZES == config.GROUP_SIZES
         assert parser.ROTATIONS == config.ROTATIONS
         assert tuple(DTYPES) == parser.DTYPES
+        assert (parser.FORMS, parser.AFFINE_BITS, parser.AFFINE_GROUP_SIZES) == (FORMS, AFFINE_BITS, AFFINE_GROUP_SIZES)
 
     @pytest.mark.parametrize(
         "line",
@@ -112,6 +116,16 @@ class TestResults:
         assert main(["convert", "--model", str(demo_model), "--name", "words"]) == 0
         shown = capsys.readouterr().out
         assert "Converted to words" in shown and "times smaller" in shown
+
+    def test_export_as_json_and_in_words(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        command = ["export", "--model", NAME, "--output", str(tmp_path / "out"), "--form", "affine", "--bits", "8"]
+        made = printed(capsys, *command)
+        assert set(made) == set(schemas.Export.model_fields)
+        assert (made["model"], made["form"], made["bits"], made["group_size"]) == (NAME, "affine", 8, 64)
+        assert main([*command, "--overwrite"]) == 0
+        assert "affine, 8 bits in groups of 64: 8.50 bits a weight" in capsys.readouterr().out
+        assert main(["export", "--model", NAME, "--output", str(tmp_path / "float")]) == 0
+        assert "float in bfloat16" in capsys.readouterr().out
 
     def test_generate_as_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         made = printed(capsys, "generate", "--model", NAME, "--prompt", PROMPT, "--max-tokens", "4", "--k-bits", "8")
@@ -201,6 +215,7 @@ class TestFailures:
             ("convert --hf-path /nowhere/model", "no model at"),
             ("plan --hf-path owner/name", "Hub"),
             (f"generate --model {NAME} --prompt x --temp -1", "temperature"),
+            (f"export --model {NAME} --output /tmp/never --bits 4", "bits 4 for form 'float'"),
         ],
         ids=lambda value: value[:24],
     )

@@ -39,7 +39,8 @@ def test_every_command_is_told_of(text: str) -> None:
         " ".join(line.split()[:2]) if line.startswith("models") else line.split()[0] for line in command_lines(text)
     }
     assert told >= {
-        "serve", "demo", "convert", "generate", "evaluate", "compare-kv", "plan", "models ls", "models show", "doctor",
+        "serve", "demo", "convert", "export", "generate", "evaluate", "compare-kv", "plan", "models ls", "models show",
+        "mlx-lm", "doctor",
     }  # fmt: skip
 
 

@@ -14,7 +14,14 @@ import pytest
 import tq_mcp.services
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import InputError, RecipeError, SourceError, UnsafeModelError
+from quant_engine.errors import (
+    InputError,
+    OutputError,
+    RecipeError,
+    SourceError,
+    UnsafeModelError,
+    UnsupportedModelError,
+)
 from quant_engine.source import file_sha256
 from registry import RegistryError, open_registry
 from tests.tq_mcp.conftest import NAME
@@ -198,6 +205,24 @@ class TestConvertKilled:
         assert not left.exists() and os.listdir(tmp_path / "empty" / "models" / ".staging") == []
 
 
+class TestExport:
+    def test_a_registered_model_is_written_and_not_registered_again(self, services: Services, tmp_path: Path) -> None:
+        made = services.export(NAME, tmp_path / "out", form="mxfp4")
+        assert (made.model, made.path, made.bits, made.group_size) == (NAME, str(tmp_path / "out"), 4, 32)
+        assert set(made.files) == {path.name for path in (tmp_path / "out").iterdir()}
+        assert services.list_models().total == 1
+
+    def test_a_registered_model_is_never_overwritten(self, services: Services, demo_model: Path, home: Path) -> None:
+        services.convert(str(demo_model), recipe=QuantConfig(bits=2), name="other")
+        with pytest.raises(OutputError, match="the registered model other"):
+            services.export(NAME, home / "models" / "other", overwrite=True)
+        assert services.generate("other", PROMPT, max_tokens=1).text is not None
+
+    def test_a_float_model_is_refused(self, services: Services, demo_model: Path, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedModelError, match="was not converted"):
+            services.export(str(demo_model), tmp_path / "out")
+
+
 class TestGenerate:
     def test_text_is_continued_and_the_speed_recorded(self, services: Services) -> None:
         ticks: list[tuple[int, int]] = []
@@ -344,3 +369,22 @@ class TestCacheOptions:
     def test_a_cache_in_words(self) -> None:
         assert cache_name(None) == "full precision"
         assert cache_name(CacheConfig(3, 3)) == "3-bit keys, 3-bit values"
+
+
+class TestPush:
+    def test_a_dry_run_shows_the_card_and_uploads_nothing(
+        self, services: Services, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tq_mcp.services.hub, "upload", lambda *_, **__: pytest.fail("it uploaded"))
+        shown = services.push(NAME, "owner/name")
+        assert (shown.dry_run, shown.url) == (True, None)
+        assert "model.safetensors" in shown.files and "README.md" not in shown.files
+        assert shown.card.startswith("---")
+
+    def test_it_uploads_when_told_to(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tq_mcp.services.hub, "upload", lambda folder, card, repo, private: f"{repo} {private}")
+        assert services.push(NAME, "owner/name", dry_run=False, private=True).url == "owner/name True"
+
+    def test_a_model_that_is_not_registered_is_refused(self, services: Services) -> None:
+        with pytest.raises(RegistryError, match="no model 'nothing'"):
+            services.push("nothing", "owner/name")

@@ -95,6 +95,20 @@ def conversion(made: schemas.Conversion) -> RenderableType:
     )
 
 
+def export(made: schemas.Export) -> RenderableType:
+    packed = f", {made.bits} bits in groups of {made.group_size}: {number(made.bits_per_weight)} bits a weight"
+    return pairs(
+        f"Exported {made.model}",
+        [
+            ("folder", made.path),
+            ("form", made.form + (packed if made.bits else f" in {made.dtype}")),
+            ("size", size(made.size_bytes)),
+            ("took", f"{made.seconds:.1f} s"),
+            ("next", f'mlx_lm.generate --model {made.path} --prompt "Once upon a time"'),
+        ],
+    )
+
+
 def generation_line(made: schemas.Generation) -> str:
     """One line of figures."""
     return (
@@ -172,6 +186,12 @@ def plan(made: schemas.Plan) -> RenderableType:
              f"{size(made.memory_to_convert_bytes)} of memory. "
              f"Recommended: {made.recommended_bits or 'none'} bits; {made.reason}."),
     )  # fmt: skip
+
+
+def push(made: schemas.Push) -> RenderableType:
+    what = f"{made.name}: {len(made.files) + 1} files, {size(made.size_bytes)}"
+    done = f"Uploaded to {made.url}." if made.url else f"Nothing was uploaded. With --yes it goes to {made.repo}."
+    return Group(Text(what), Text(made.card, style="dim"), Text(done))
 
 
 def model_list(made: schemas.ModelList) -> RenderableType:

@@ -12,6 +12,10 @@ CACHE_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (0, 32, 64, 128)
 ROTATIONS = ("auto", "hadamard", "blockwise_hadamard", "none")
 DTYPES = ("float32", "float16", "bfloat16")
+FORMS = ("float", "affine", "mxfp4")
+AFFINE_BITS = (2, 3, 4, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+MLX_LM_PROGRAMS = ("generate", "chat", "server")
 
 MODEL_HELP = "registry name, folder, or Hugging Face repository (owner/name)"
 SOURCE_HELP = "float model: folder, or Hugging Face repository (owner/name)"
@@ -38,11 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_demo(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_compare(commands)
     _add_plan(commands)
+    _add_push(commands)
     _add_models(commands)
+    _add_mlx_lm(commands)
     _add_doctor(commands)
     return parser
 
@@ -111,6 +118,28 @@ def _add_convert(commands: Commands) -> None:
     _add_module_widths(parser)
     _add_keep_unfitting(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")
+    _add_json(parser)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "export",
+        "Write a converted model as a folder that plain mlx-lm opens.",
+        "tq-mcp export --model qwen-3bit --output qwen-affine --form affine --bits 4",
+    )
+    parser.add_argument("--model", required=True, help="converted model: " + MODEL_HELP)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--form", choices=FORMS, default="float", help="dequantized, or in a quantization of MLX's (default: float)"
+    )
+    parser.add_argument("--bits", type=int, choices=AFFINE_BITS, help="of --form affine (default: 4)")
+    parser.add_argument(
+        "--group-size", type=int, choices=AFFINE_GROUP_SIZES, help="of --form affine (default: 64); mxfp4 has 32"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is not packed (default: bfloat16)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in --output")
     _add_json(parser)
 
 
@@ -196,6 +225,21 @@ def _add_plan(commands: Commands) -> None:
     _add_json(parser)
 
 
+def _add_push(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "push",
+        "Upload a registered model to the Hugging Face Hub, with a card that holds its measurements.",
+        "tq-mcp push --model qwen-3bit --repo owner/qwen-3bit --yes",
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="registry name")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made where it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--yes", action="store_true", help="upload; without it, only show what would go")
+    _add_json(parser)
+
+
 def _add_models(commands: Commands) -> None:
     models = commands.add_parser("models", help="list and show registered models")
     actions = models.add_subparsers(dest="action", required=True)
@@ -213,6 +257,20 @@ def _add_models(commands: Commands) -> None:
     showing = _command(actions, "show", "models", "Show all about one model.", "tq-mcp models show qwen-3bit")
     showing.add_argument("name", help="name or alias")
     _add_json(showing)
+
+
+def _add_mlx_lm(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "mlx-lm",
+        "mlx_lm",
+        "Run mlx-lm's own generate, chat or server on a converted model.",
+        "tq-mcp mlx-lm server --model qwen-3bit --port 8080",
+    )
+    parser.add_argument("program", choices=MLX_LM_PROGRAMS)
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="mlx-lm's, --help for one; --model takes a registry name too"
+    )
 
 
 def _add_doctor(commands: Commands) -> None:
