@@ -95,6 +95,21 @@ class TestTheWholeWay:
         assert len(details["evaluations"]) == 3 and len(details["speeds"]) == 1
         assert len(details["cache_comparisons"]) == 2
 
+    async def test_layers_can_be_given_widths(self, client: Client, demo_model: Path) -> None:
+        even = await structured(client, "plan_conversion", model=str(demo_model), bits=[3])
+        widths = {"attn_bits": 4, "bits_for": {"*.down_proj": 2}, "embed_bits": 4}
+        own = await structured(client, "plan_conversion", model=str(demo_model), bits=[3], widths=widths)
+        made = await structured(client, "convert_model", model=str(demo_model), bits=3, widths=widths, name="own")
+        assert made["size_bytes"] == own["rows"][0]["size_bytes"] < even["rows"][0]["size_bytes"]
+        recipe = (await structured(client, "get_model", name="own"))["recipe"]
+        assert (recipe["attn_bits"], recipe["bits_for"]) == (4, [["*.down_proj", 2]])
+        text = await structured(client, "generate", model="own", prompt=PROMPT, max_tokens=4)
+        assert text["generation_tokens"] == 4
+
+    async def test_bits_can_be_shared_out_by_what_layers_bear(self, client: Client, demo_model: Path) -> None:
+        made = await structured(client, "convert_model", model=str(demo_model), target_bpw=3, name="shared")
+        assert 2.9 < made["bits_per_weight"] <= 3
+
     async def test_progress_grows_to_the_end(self, client: Client, demo_model: Path) -> None:
         seen: list[tuple[float, float | None, str | None]] = []
 
@@ -111,6 +126,10 @@ class TestErrors:
     async def test_an_unknown_argument_is_named_with_those_that_exist(self, client: Client) -> None:
         words = await error(client, "get_model", name=NAME, colour="red")
         assert "'colour'" in words and "the arguments are name" in words
+
+    async def test_an_unknown_width_is_named(self, client: Client) -> None:
+        words = await error(client, "plan_conversion", model="x", widths={"tail_bits": 3})
+        assert "widths.tail_bits" in words
 
     async def test_a_missing_argument_is_named(self, client: Client) -> None:
         assert "the argument 'name' is missing" in await error(client, "get_model")

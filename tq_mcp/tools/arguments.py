@@ -1,8 +1,8 @@
 """Types of arguments that several tools take, with the descriptions that agents read."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 WeightBits = Literal[2, 3, 4]
 CacheBits = Literal[2, 3, 4, 8]
@@ -39,17 +39,27 @@ Chat = Annotated[
     Field(description="put the prompt into the model's chat template; default: where the model has one"),
 ]
 ModuleBits = Literal[2, 3, 4, 16]
-AttentionBits = Annotated[ModuleBits | None, Field(description="of attention layers; 16 leaves them as they came")]
-MlpBits = Annotated[ModuleBits | None, Field(description="of feed-forward layers, shared experts too")]
-ExpertBits = Annotated[ModuleBits | None, Field(description="of a mixture's experts")]
-ExpertDownBits = Annotated[ModuleBits | None, Field(description="of the experts' down projections")]
-EmbedBits = Annotated[ModuleBits | None, Field(description="of token embeddings; default: as they came")]
-HeadBits = Annotated[ModuleBits | None, Field(description="of the output projection; default: as it came")]
-Skip = Annotated[
-    list[str], Field(max_length=100, description="shell patterns of module paths to leave as they came: *.0.mlp.*")
-]
-BitsFor = Annotated[
-    dict[str, ModuleBits],
-    Field(max_length=100, description="bits by shell pattern of module paths; the last that matches counts"),
-]
-ProtectLayers = Annotated[int, Field(ge=0, le=1000, description="layers at each end to leave as they came")]
+
+
+class ModuleWidths(BaseModel):
+    """Bits for kinds of layers or single ones, where they should differ from `bits`; 16 leaves them as they came."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    attn_bits: ModuleBits | None = Field(default=None, description="attention layers")
+    mlp_bits: ModuleBits | None = Field(default=None, description="feed-forward layers, shared experts too")
+    expert_bits: ModuleBits | None = Field(default=None, description="a mixture's experts")
+    expert_down_bits: ModuleBits | None = Field(default=None, description="the experts' down projections")
+    embed_bits: ModuleBits | None = Field(default=None, description="token embeddings; default: as they came")
+    head_bits: ModuleBits | None = Field(default=None, description="the output projection; default: as it came")
+    skip: list[str] = Field(
+        default=[], max_length=100, description="shell patterns of module paths to leave: *.0.mlp.*"
+    )
+    bits_for: dict[str, ModuleBits] = Field(
+        default={}, max_length=100, description="bits by shell pattern of module paths; the last that matches counts"
+    )
+    protect_layers: int = Field(default=0, ge=0, le=1000, description="layers at each end to leave as they came")
+
+    def settings(self) -> dict[str, Any]:
+        """As `QuantConfig` takes them."""
+        return self.model_dump() | {"bits_for": list(self.bits_for.items())}

@@ -33,15 +33,7 @@ async def convert_model(
         Literal["float32", "float16", "bfloat16"] | None,
         Field(description="of weights that are not quantized; default: as they are"),
     ] = None,
-    attn_bits: arguments.AttentionBits = None,
-    mlp_bits: arguments.MlpBits = None,
-    expert_bits: arguments.ExpertBits = None,
-    expert_down_bits: arguments.ExpertDownBits = None,
-    embed_bits: arguments.EmbedBits = None,
-    head_bits: arguments.HeadBits = None,
-    skip: arguments.Skip = [],  # noqa: B006 (pydantic copies it)
-    bits_for: arguments.BitsFor = {},  # noqa: B006 (pydantic copies it)
-    protect_layers: arguments.ProtectLayers = 0,
+    widths: arguments.ModuleWidths = arguments.ModuleWidths(),  # noqa: B008 (never changed)
     target_bpw: Annotated[
         float | None,
         Field(
@@ -61,23 +53,12 @@ async def convert_model(
     models take seconds, large ones minutes. Call plan_conversion first, and afterwards evaluate_ppl and generate
     with the name in the result.
     """
-    widths = {
-        "attn_bits": attn_bits,
-        "mlp_bits": mlp_bits,
-        "expert_bits": expert_bits,
-        "expert_down_bits": expert_down_bits,
-        "embed_bits": embed_bits,
-        "head_bits": head_bits,
-        "skip": skip,
-        "bits_for": list(bits_for.items()),
-        "protect_layers": protect_layers,
-    }
-    recipe_values = {"bits": bits, "group_size": group_size, "rotation": rotation, "use_qjl": use_qjl, **widths}
+    values = {"bits": bits, "group_size": group_size, "rotation": rotation, "use_qjl": use_qjl} | widths.settings()
     return await heavy(
         context,
         lambda services, progress: services.convert(
             model,
-            recipe=QuantConfig.from_dict(recipe_values),
+            recipe=QuantConfig.from_dict(values),
             name=name,
             revision=revision,
             dtype=dtype,

@@ -17,15 +17,7 @@ async def plan_conversion(
     group_size: arguments.Group = 64,
     context_tokens: Annotated[int, Field(ge=1, le=10_000_000, description="tokens the cache is to hold")] = 4096,
     use_qjl: bool = False,
-    attn_bits: arguments.AttentionBits = None,
-    mlp_bits: arguments.MlpBits = None,
-    expert_bits: arguments.ExpertBits = None,
-    expert_down_bits: arguments.ExpertDownBits = None,
-    embed_bits: arguments.EmbedBits = None,
-    head_bits: arguments.HeadBits = None,
-    skip: arguments.Skip = [],  # noqa: B006 (pydantic copies it)
-    bits_for: arguments.BitsFor = {},  # noqa: B006 (pydantic copies it)
-    protect_layers: arguments.ProtectLayers = 0,
+    widths: arguments.ModuleWidths = arguments.ModuleWidths(),  # noqa: B008 (never changed)
     keep_unfitting: arguments.KeepUnfitting = False,
     revision: arguments.Revision = None,
 ) -> schemas.Plan:
@@ -34,17 +26,6 @@ async def plan_conversion(
     Exact sizes for each width, memory to convert and to run, key-value cache sizes, whether it fits this machine,
     and a recommended width. Call this before convert_model. Writes nothing.
     """
-    widths = {
-        "attn_bits": attn_bits,
-        "mlp_bits": mlp_bits,
-        "expert_bits": expert_bits,
-        "expert_down_bits": expert_down_bits,
-        "embed_bits": embed_bits,
-        "head_bits": head_bits,
-        "skip": skip,
-        "bits_for": list(bits_for.items()),
-        "protect_layers": protect_layers,
-    }
     return await heavy(
         context,
         lambda services, progress: services.plan(
@@ -53,7 +34,7 @@ async def plan_conversion(
             group_size=group_size,
             context=context_tokens,
             use_qjl=use_qjl,
-            widths=widths,
+            widths=widths.settings(),
             keep_unfitting=keep_unfitting,
             revision=revision,
             progress=progress,
