@@ -63,7 +63,7 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
     manifest = Manifest.from_config(source.config)
     on_cpu = metal_kernels.device() == "cpu"
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
-    active = chosen or mx.float16
+    active = chosen or file_dtype(source.config)
     if manifest is None:
         model = adapter.load_float(source.path, source.config)
     else:
@@ -73,10 +73,17 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
     if chosen is not None:
         _cast(model, chosen)
     elif manifest is not None:
-        adapter.match_norms(model)
+        adapter.match_norms(model, active)
     adapter.route(model)
     mx.eval(model.parameters())
     return model
+
+
+def file_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The dtype that a config.json states for its weights, by its old name or its new one; bfloat16 for none."""
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    stated = [place.get(name) for place in (config, text) for name in ("dtype", "torch_dtype")]
+    return next((DTYPES[name] for name in stated if name in DTYPES), mx.bfloat16)
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -137,11 +137,10 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return linear_modules(model, (SwitchLinear,))
 
 
-def match_norms(model: nn.Module) -> None:
-    """Give float32 weights of norms the precision of the embeddings, so that activations keep theirs."""
-    embeddings = [cast(mx.array, m["weight"]) for m in linear_modules(model, (nn.Embedding,)).values()]
-    for norm in linear_modules(model, (nn.RMSNorm, nn.LayerNorm)).values() if embeddings else ():
-        norm.update({"weight": cast(mx.array, norm["weight"]).astype(embeddings[0].dtype)})
+def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Give weights of norms the precision of the activations, which would otherwise be raised to theirs."""
+    for norm in linear_modules(model, (nn.RMSNorm, nn.LayerNorm)).values():
+        norm.update({"weight": cast(mx.array, norm["weight"]).astype(dtype)})
 
 
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "swiglu"}

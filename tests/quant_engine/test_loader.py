@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import CorruptCheckpointError, RecipeError, SourceError, TurboQuantError
 from quant_engine.linear import TurboQuantLinear
-from quant_engine.loader import load
+from quant_engine.loader import file_dtype, load
 from quant_engine.quantizer import dequantize_weight, quantize_weight
 from quant_engine.shared_input import Branch
 
@@ -109,3 +110,24 @@ def test_a_missing_or_truncated_model_is_refused(converted: Path, tmp_path: Path
     (folder / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CorruptCheckpointError):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, mx.float16),
+        ({"dtype": "float32", "torch_dtype": "float16"}, mx.float32),
+        ({"text_config": {"dtype": "float16"}}, mx.float16),
+        ({}, mx.bfloat16),
+    ],
+)
+def test_the_dtype_of_activations_is_that_of_the_file(config: dict[str, Any], dtype: mx.Dtype) -> None:
+    assert file_dtype(config) == dtype
+
+
+def test_norms_take_the_precision_of_activations(demo_model: Path) -> None:
+    model = adapter.load_float(demo_model, {})
+    adapter.match_norms(model, mx.float16)
+    norms = adapter.linear_modules(model, (nn.RMSNorm,)).values()
+    assert norms
+    assert {norm["weight"].dtype for norm in norms} == {mx.float16}
