@@ -82,7 +82,7 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
 def file_dtype(config: Mapping[str, Any]) -> mx.Dtype:
     """The dtype that a config.json states for its weights, by its old name or its new one; bfloat16 for none."""
     text: Mapping[str, Any] = config.get("text_config") or {}
-    stated = [place.get(name) for place in (config, text) for name in ("dtype", "torch_dtype")]
+    stated = [str(place.get(name)) for place in (config, text) for name in ("dtype", "torch_dtype")]
     return next((DTYPES[name] for name in stated if name in DTYPES), mx.bfloat16)
 
 
