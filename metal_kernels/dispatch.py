@@ -19,8 +19,8 @@ Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _KERNELS: dict[Backend, frozenset[str]] = {
-    "metal": frozenset(),
-    "cuda": frozenset(),
+    "metal": frozenset(["matmul", "expert_matmul", "feed_forward"]),
+    "cuda": frozenset(["matmul", "expert_matmul", "feed_forward"]),
     "cpu": frozenset(
         [
             *("rotate", "quantize", "matmul", "dense", "affine", "expert_matmul", "feed_forward", "swiglu", "rms_norm"),

@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32, view
-from metal_kernels.dispatch import has_kernel, record
+from metal_kernels.dispatch import active_backend, has_kernel, record
 from metal_kernels.errors import ShapeError
+from metal_kernels.gpu.experts import expert_product, stack
+from metal_kernels.gpu.products import Gpu
 from metal_kernels.hadamard import rotate
-from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Rows
+from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Rows, tiles_of
 
 
 class Experts:
@@ -21,17 +23,25 @@ class Experts:
     """
 
     def __init__(self, weights: Sequence[PackedWeight] | Sequence[DenseWeight] | Sequence[AffineWeight]) -> None:
-        self._weights = weights
+        self._weights: Sequence[PackedWeight | DenseWeight | AffineWeight] = weights
         self.shape = (len(weights), *weights[0].shape)
         self.nbytes = sum(weight.nbytes for weight in weights)
-        self._has_kernel = has_kernel("expert_matmul")
+        self._on_cpu = active_backend() == "cpu" and has_kernel("expert_matmul")
+        tiles = [tiles_of(weight) for weight in weights]
+        self._tiles = stack([t for t in tiles if t is not None]) if all(tiles) and has_kernel("expert_matmul") else None
+        if self._tiles is not None:
+            self._gpu: Gpu = "metal" if active_backend() == "metal" else "cuda"
+            self._weights = []
 
-    def times(self, x: mx.array, indices: mx.array) -> mx.array:
+    def times(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
         """See `expert_matmul`."""
-        record("cpu" if self._has_kernel else "reference", "expert_matmul")
-        return self._on_cpu(x, indices) if self._has_kernel else self._reference(x, indices)
+        if self._tiles is not None:
+            record(self._gpu, "expert_matmul")
+            return expert_product(x, self._tiles, indices, in_order, self._gpu)
+        record("cpu" if self._on_cpu else "reference", "expert_matmul")
+        return self._cpu(x, indices) if self._on_cpu else self._reference(x, indices)
 
-    def _on_cpu(self, x: mx.array, indices: mx.array) -> mx.array:
+    def _cpu(self, x: mx.array, indices: mx.array) -> mx.array:
         """Each expert's rows at once; every row of x is prepared once, however many experts read it."""
         chosen: NDArray[np.int64] = view(indices).astype(np.int64)
         batch, per_batch = x.shape[:-2], x.shape[-2]
@@ -51,11 +61,12 @@ class Experts:
         return reference.expert_matmul(turned, [weight.values(x.dtype) for weight in self._weights], indices)
 
 
-def expert_matmul(x: mx.array, weight: Experts, indices: mx.array) -> mx.array:
+def expert_matmul(x: mx.array, weight: Experts, indices: mx.array, in_order: bool = False) -> mx.array:
     """x (..., rows, width), not rotated, times the transposed weights (experts, out, width) that `indices` choose.
 
     indices, integers of any shape that the axes of x before the last two broadcast to; returns
-    (*indices.shape, rows, out) in x's dtype, as `mx.gather_mm` would. Raises ShapeError where shapes do not fit.
+    (*indices.shape, rows, out) in x's dtype, as `mx.gather_mm` would. in_order: the caller sorted the indices, so that
+    a GPU can take all rows of one expert together. Raises ShapeError where shapes do not fit.
     """
     if x.ndim < 2 or x.shape[-1] != weight.shape[2]:
         raise ShapeError(
@@ -68,4 +79,4 @@ def expert_matmul(x: mx.array, weight: Experts, indices: mx.array) -> mx.array:
         fits = False
     if not fits:
         raise ShapeError(f"activations of shape {x.shape} for choices of shape {indices.shape}; they must broadcast")
-    return weight.times(x, indices)
+    return weight.times(x, indices, in_order)

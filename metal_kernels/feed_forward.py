@@ -6,17 +6,21 @@ import numpy as np
 from metal_kernels.activation import swiglu
 from metal_kernels.cpu.activation import swiglu as cpu_swiglu
 from metal_kernels.cpu.arrays import rows_float32
-from metal_kernels.dispatch import has_kernel, record
-from metal_kernels.matmul import Weight, matmul, rows_to_array
+from metal_kernels.dispatch import active_backend, has_kernel, record
+from metal_kernels.gpu.products import GPUS, gated_product
+from metal_kernels.matmul import Weight, matmul, rows_to_array, tiles_of
 
 
 def feed_forward(x: mx.array, gate_up: Weight, down: Weight) -> mx.array:
     """(silu(x G^T) * (x U^T)) D^T for x (..., width); gate_up stacks G and U (inner, width), down is D (out, inner).
 
-    Returns (..., out) in x's dtype. On a CPU nothing in between becomes an array of MLX, which would cost more than the
-    activation itself. Raises ShapeError where shapes do not fit.
+    Returns (..., out) in x's dtype. On a CPU nothing in between becomes an array of MLX, and on a GPU it is one call:
+    either would cost more than the activation itself. Raises ShapeError where shapes do not fit.
     """
-    if not has_kernel("feed_forward"):
+    backend, tiles = active_backend(), (tiles_of(gate_up), tiles_of(down))
+    if backend in GPUS and tiles[0] and tiles[1] and has_kernel("feed_forward"):
+        return gated_product(x, tiles[0], tiles[1], backend)
+    if backend != "cpu" or not has_kernel("feed_forward"):
         gate, up = mx.split(matmul(x, gate_up), 2, axis=-1)
         return matmul(swiglu(gate, up), down)
     record("cpu", gate_up.operation)

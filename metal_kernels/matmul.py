@@ -17,6 +17,10 @@ from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
 from metal_kernels.dispatch import active_backend, has_kernel, record
 from metal_kernels.errors import ShapeError
+from metal_kernels.gpu.products import GPUS, Gpu, fits, product
+from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.gpu.tiles import arrange as arrange_tiles
+from metal_kernels.gpu.tiles import restore as restore_tiles
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
 
@@ -28,7 +32,7 @@ class PackedWeight:
 
     packed uint32 (out, width * bits / 32), scales float16 (out, groups), codebook of 2^bits ascending values,
     signs (width,) of +-1 or None, block the Hadamard size (1: none). Raises ShapeError where these do not fit.
-    On a CPU the codes are laid out for its vector registers and the given arrays are not kept.
+    The codes are laid out for a CPU's vector registers or a GPU's matrix units, and the given arrays are not kept.
     """
 
     operation = "matmul"
@@ -43,11 +47,17 @@ class PackedWeight:
         self._check(packed, scales)
         self.nbytes = packed.nbytes + scales.nbytes
         self._lanes: LaneWeight | None = None
-        self._packed, self._scales = packed, scales
-        if has_kernel("matmul"):
+        self._tiles: TileWeight | None = None
+        self._canonical: tuple[mx.array, mx.array] | None = None
+        backend = active_backend()
+        if backend == "cpu" and has_kernel("matmul"):
             self._lanes = arrange(view(packed), view(scales), codebook)
             self._signs = None if signs is None else view(signs.astype(mx.float32)).copy()
-            del self._packed, self._scales
+        elif backend in GPUS and has_kernel("matmul") and fits(codebook, block):
+            self._gpu: Gpu = backend
+            self._tiles = arrange_tiles(packed, scales, codebook, signs, block)
+        else:
+            self._canonical = packed, scales
 
     def _check(self, packed: mx.array, scales: mx.array) -> None:
         rows, width = self.shape
@@ -68,8 +78,11 @@ class PackedWeight:
 
     def canonical(self) -> tuple[mx.array, mx.array]:
         """(packed, scales) in the layout of the file."""
-        if self._lanes is None:
-            return self._packed, self._scales
+        if self._canonical is not None:
+            return self._canonical
+        if self._tiles is not None:
+            return restore_tiles(self._tiles)
+        assert self._lanes is not None
         packed, scales = restore(self._lanes)
         return mx.array(packed), mx.array(scales)
 
@@ -79,22 +92,36 @@ class PackedWeight:
 
     def times(self, x: mx.array) -> mx.array:
         """See `matmul`."""
-        if self._lanes is None:
+        if self._tiles is not None:
+            record(self._gpu, "matmul")
+            return product(x, self._tiles, self._gpu)
+        if self._canonical is not None:
             record("reference", "matmul")
-            rotated = rotate(x, self.signs, self.block)
-            return reference.matmul(rotated, self._packed, self._scales, self.codebook)
+            return reference.matmul(rotate(x, self.signs, self.block), *self._canonical, self.codebook)
         record("cpu", "matmul")
         return rows_to_array(self.product(self.prepare(rows_float32(x))), x)
 
     def take(self, rows: mx.array) -> mx.array:
         """See `embed`."""
-        if self._lanes is None:
-            chosen = reference.dequantize(self._packed[rows], self._scales[rows], self.codebook)
-        else:
-            packed, scales = restore(self._lanes.take(view(rows).reshape(-1)))
-            flat = reference.dequantize(mx.array(packed), mx.array(scales), self.codebook)
-            chosen = flat.reshape(*rows.shape, self.shape[1])
-        return unrotate(chosen, self.signs, self.block)
+        packed, scales = self._take(rows.reshape(-1))
+        chosen = reference.dequantize(packed, scales, self.codebook)
+        return unrotate(chosen.reshape(*rows.shape, self.shape[1]), self.signs, self.block)
+
+    def _take(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """(packed, scales) of rows (n,) in the layout of the file."""
+        if self._canonical is not None:
+            packed, scales = self._canonical
+            return packed[rows], scales[rows]
+        if self._tiles is not None:
+            return self._tiles.take(rows)
+        assert self._lanes is not None
+        packed, scales = restore(self._lanes.take(view(rows)))
+        return mx.array(packed), mx.array(scales)
+
+    @property
+    def tiles(self) -> TileWeight | None:
+        """The layout for GPU kernels; None where another backend has the weight."""
+        return self._tiles
 
     def prepare(self, rows: Rows) -> Rows:
         """On a CPU: rows (n, width) of activations, rotated and padded, as `product` takes them."""
@@ -178,6 +205,11 @@ class AffineWeight:
 
 
 Weight = PackedWeight | DenseWeight | AffineWeight
+
+
+def tiles_of(weight: Weight) -> TileWeight | None:
+    """The weight's layout for GPU kernels; None where it has none."""
+    return weight.tiles if isinstance(weight, PackedWeight) else None
 
 
 def matmul(x: mx.array, weight: Weight) -> mx.array:

@@ -31,7 +31,7 @@ class ExpertsLinear(nn.Module):
         return self._experts.nbytes
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = expert_matmul(x, self._experts, indices)
+        y = expert_matmul(x, self._experts, indices, sorted_indices)
         return y + mx.expand_dims(self.bias[indices], -2).astype(y.dtype) if "bias" in self else y
 
 

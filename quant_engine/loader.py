@@ -12,9 +12,9 @@ import metal_kernels
 from metal_kernels import AffineWeight, DenseWeight
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine import residual
-from quant_engine.cpu_layers import fuse_feed_forward, use_fast_norms
 from quant_engine.errors import RecipeError
 from quant_engine.experts import DenseExperts, TurboQuantExperts
+from quant_engine.fast_layers import fuse_feed_forward, use_fast_norms
 from quant_engine.linear import (
     AffineLinear,
     DenseLinear,
@@ -70,6 +70,8 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
         model = _load_converted(source, manifest, active, fuse)
     if on_cpu:
         _use_cpu_layers(model, active, fuse)
+    if fuse:
+        fuse_feed_forward(model)
     if chosen is not None:
         _cast(model, chosen)
     elif manifest is not None:
@@ -117,8 +119,6 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
         replacements[path] = FastEmbedding(DenseWeight(cast(nn.Embedding, module).weight), dtype)
     adapter.replace_modules(model, replacements)
     use_fast_norms(model)
-    if fuse:
-        fuse_feed_forward(model)
 
 
 def _load_converted(source: Source, manifest: Manifest, dtype: mx.Dtype, fuse: bool) -> nn.Module:

@@ -8,7 +8,6 @@ import mlx.core as mx
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.tiles import BLOCK_COLUMNS
 from metal_kernels.launch import Kernel
-from metal_kernels.layout import pack
 
 MOST_THREADS = 1024
 MOST_VALUES = 64
@@ -42,13 +41,6 @@ class Activations:
     parts: int
 
 
-def sign_bits(signs: mx.array | None, width: int) -> mx.array:
-    """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32 or more,)."""
-    bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
-    words = pack(bits[None], 1)[0]
-    return mx.contiguous(mx.pad(words, [(0, max(0, 8 - words.size))]))
-
-
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     """x (n, width) rotated, in its dtype; signs from `sign_bits`."""
     n, width = x.shape
@@ -74,13 +66,25 @@ def prepare(x: mx.array, signs: mx.array, block: int) -> Activations:
     return Activations(halves, scales, n, parts)
 
 
-def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool | mx.Dtype]:
-    """The kernel's compile-time values; block 1, no transform, goes in runs of what power of two divides the width."""
+def fits(block: int) -> bool:
+    """Whether the kernel transforms blocks of this size."""
+    odd, power = _factors(block)
+    return odd * max(1, power // MOST_THREADS) <= MOST_VALUES
+
+
+def _factors(block: int) -> tuple[int, int]:
+    """A block as the size of an odd Hadamard factor, 1, 12, 20 or 28, times a power of two."""
     odd = block // (block & -block)
     odd = 1 if odd == 1 else 4 * odd
-    power = block // odd if block > 1 else min(width & -width, MOST_THREADS)
+    return odd, block // odd
+
+
+def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool | mx.Dtype]:
+    """The kernel's compile-time values; block 1, no transform, goes in runs of what power of two divides the width."""
+    odd, power = _factors(block)
+    power = power if block > 1 else min(width & -width, MOST_THREADS)
     threads = min(max(power, 32), MOST_THREADS)
-    if odd * max(1, power // threads) > MOST_VALUES:
+    if not fits(block):
         raise KernelError(
             f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
             "use the reference backend"

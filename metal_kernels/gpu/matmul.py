@@ -34,15 +34,28 @@ class Shape:
 
     @property
     def columns(self) -> int:
+        """Rows of halves that a threadgroup multiplies by."""
         return 8 * self.pieces * self.column_groups
 
+    @property
+    def threads(self) -> int:
+        return SIMD * self.row_groups * self.column_groups
 
-DEFAULT = Shape(2, 8, 4, 2)
+
+DEFAULT = Shape(2, 8, 4, 1)
 
 
 def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = DEFAULT) -> mx.array:
     """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
-    values: dict[str, int | bool | mx.Dtype] = {
+    groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
+    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
+    out = ((x.n, weight.rows), dtype)
+    return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dtype))[0]
+
+
+def constants(weight: TileWeight, x: Activations, shape: Shape, dtype: mx.Dtype) -> dict[str, int | bool | mx.Dtype]:
+    """The kernel's compile-time values."""
+    return {
         "BITS": weight.bits,
         "GROUP": weight.group,
         "TILES": shape.tiles,
@@ -53,7 +66,3 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = D
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
     }
-    groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
-    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
-    threads = SIMD * shape.row_groups * shape.column_groups
-    return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, values)[0]

@@ -10,34 +10,74 @@ from metal_kernels.layout import bits_of, pack, unpack
 
 TILE_ROWS = 16
 BLOCK_COLUMNS = 256
+BITS = (2, 3, 4)
 CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
 
+Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
+Recipe = tuple[int, int, int, int, int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class TileWeight:
-    """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero.
+    """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
     codes uint32 (tiles, blocks, bits, 32 lanes, 4); scales float16 (tiles, blocks, 8, groups of a block, 2), or
-    (tiles, 1, 8, 1, 2) with one scale a row; table uint32 (8,), see `decoding_table`. group 0: one scale a row.
+    (tiles, 1, 8, 1, 2) with one scale a row; table uint32 (8,), see `decoding_table`; signs uint32, one bit a column,
+    see `sign_bits`. group 0: one scale a row. block: the Hadamard transform's (1: none). The tiles of all experts,
+    `rows` rows each, follow each other.
     """
 
     codes: mx.array
     scales: mx.array
     table: mx.array
+    signs: mx.array
     bits: int
     group: int
     rows: int
     width: int
+    block: int
+    experts: int = 1
+
+    @property
+    def arrays(self) -> Arrays:
+        """What a compiled product is called with; with `recipe` after it, a TileWeight's own arguments."""
+        return self.codes, self.scales, self.table, self.signs
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a product is compiled for."""
+        return self.bits, self.group, self.rows, self.width, self.block, self.experts
 
     @property
     def tiles(self) -> int:
-        return self.codes.shape[0]
+        """Tiles of one expert's rows, or of the only matrix's."""
+        return self.codes.shape[0] // self.experts
+
+    def take(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """The canonical packed codes (n, words) and scales (n, groups) of the rows (n,) of the matrix."""
+        tile, row = rows // TILE_ROWS, rows % TILE_ROWS
+        lanes = 4 * (row % 8)[:, None] + mx.arange(4, dtype=row.dtype)
+        codes = mx.take_along_axis(self.codes[tile], lanes[:, None, None, :, None], axis=3)
+        blocks = codes.shape[1]
+        words = codes.transpose(0, 1, 3, 2, 4).reshape(-1, blocks, 4, 4, self.bits)
+        both = _by_column(_codes_of(words, self.bits), self.bits)
+        chosen = mx.take_along_axis(both, (row // 8)[:, None, None].astype(mx.uint32), axis=1)[:, 0, : self.width]
+        own = mx.take_along_axis(self.scales[tile], (row % 8)[:, None, None, None, None], axis=2)
+        own = mx.take_along_axis(own, (row // 8)[:, None, None, None, None], axis=4)
+        return pack(chosen, self.bits), own.reshape(rows.size, -1)[:, : self.width // self.group if self.group else 1]
 
     @property
     def padded(self) -> int:
         """The width in whole blocks, which activations must have too."""
         return self.codes.shape[1] * BLOCK_COLUMNS
+
+
+def fits(codebook: tuple[float, ...]) -> bool:
+    """Whether the kernels take weights of this codebook."""
+    values = np.array(codebook, np.float16)
+    return bits_of(codebook) in BITS and np.array_equal(values, -values[::-1])
 
 
 def decoding_table(codebook: tuple[float, ...]) -> mx.array:
@@ -59,10 +99,22 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
     return mx.array(np.concatenate(words))
 
 
-def arrange(packed: mx.array, scales: mx.array, codebook: tuple[float, ...]) -> TileWeight:
-    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in tiles."""
+def sign_bits(signs: mx.array | None, width: int) -> mx.array:
+    """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32 or more,)."""
+    bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
+    words = pack(bits[None], 1)[0]
+    return mx.contiguous(mx.pad(words, [(0, max(0, 8 - words.size))]))
+
+
+def arrange(
+    packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None = None, block: int = 1
+) -> TileWeight:
+    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in tiles.
+
+    Raises KernelError where the kernels cannot multiply by them.
+    """
     bits, rows = bits_of(codebook), packed.shape[0]
-    if bits not in (2, 3, 4):
+    if bits not in BITS:
         raise KernelError(f"the GPU kernels take weights of 2, 3 or 4 bits, not {bits}; use the reference backend")
     width = packed.shape[1] * 32 // bits
     step = max(1, CODES_AT_ONCE // width // TILE_ROWS) * TILE_ROWS
@@ -74,8 +126,9 @@ def arrange(packed: mx.array, scales: mx.array, codebook: tuple[float, ...]) -> 
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = mx.contiguous(_tile_scales(scales, group, codes.shape[1]))
     table = decoding_table(codebook)
-    mx.eval(codes, tiled, table)
-    return TileWeight(codes, tiled, table, bits, group, rows, width)
+    bits_of_signs = sign_bits(signs, width)
+    mx.eval(codes, tiled, table, bits_of_signs)
+    return TileWeight(codes, tiled, table, bits_of_signs, bits, group, rows, width, block)
 
 
 def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:
@@ -138,12 +191,12 @@ def _sign_places() -> mx.array:
 
 
 def _by_column(planes: mx.array, bits: int) -> mx.array:
-    """Stored codes (tiles, blocks, 32, 4, 4, 8) as codebook indices (tiles, 16, columns)."""
+    """Stored codes (tiles, blocks, lanes, 4, 4, 8) as codebook indices (tiles, half the lanes, columns)."""
     middle = 1 << (bits - 1)
     codes = mx.where(planes < middle, planes + middle, 2 * middle - 1 - planes)
-    tiles, blocks = planes.shape[:2]
-    axes = codes.reshape(tiles, blocks, 8, 4, 4, 2, 2, 2, 2, 2)
-    return axes.transpose(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(tiles, TILE_ROWS, -1)
+    tiles, blocks, lanes = planes.shape[:3]
+    axes = codes.reshape(tiles, blocks, lanes // 4, 4, 4, 2, 2, 2, 2, 2)
+    return axes.transpose(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(tiles, lanes // 2, -1)
 
 
 def _tile_scales(scales: mx.array, group: int, blocks: int) -> mx.array:

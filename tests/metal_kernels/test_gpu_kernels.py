@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 
 from metal_kernels import quantize, reference
-from metal_kernels.gpu import hadamard, matvec, tiles
+from metal_kernels.gpu import experts, hadamard, matmul, matvec, tiles
+from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Kernel
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
@@ -47,7 +48,7 @@ def products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
     made: list[mx.array] = []
     for bits, group in WEIGHTS:
         weight = tiles.arrange(*weights(bits, group), lloyd_max(bits))
-        ready = hadamard.prepare(x, hadamard.sign_bits(None, WIDTH), 1)
+        ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
         made.append(matvec.matvec(ready, weight, "host", dtype))
     return made
 
@@ -63,11 +64,59 @@ def test_products_equal_the_reference(tmp_path: Path, dtype: mx.Dtype, rows: int
         assert mx.abs(y.astype(mx.float32) - expected).max() < bound * mx.abs(expected).max(), (bits, group)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+def test_products_of_many_rows_equal_the_reference(tmp_path: Path, dtype: mx.Dtype) -> None:
+    """By matrix units, whose rows and columns the emulated GPU spreads over lanes as NVIDIA's do."""
+    x = mx.random.normal((21, WIDTH), key=mx.random.key(9)).astype(dtype)
+    cases = [(bits, group) for bits, group in WEIGHTS if group in (0, 32)]
+
+    def run() -> list[mx.array]:
+        ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
+        arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0])) for case in cases]
+        return [matmul.matmul(ready, weight, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
+
+    for (bits, group), y in zip(cases, on_machine(tmp_path, run), strict=True):
+        expected = reference.matmul(x.astype(mx.float32), *weights(bits, group), lloyd_max(bits))
+        assert mx.abs(y.astype(mx.float32) - expected).max() < 2e-3 * mx.abs(expected).max(), (bits, group)
+
+
+EXPERTS = 5
+CHOICES = {
+    "a shared input": ((2, 1, 1), [[3, 0, 1], [4, 3, 2]]),
+    "an input for each expert": ((2, 3, 1), [[3, 0, 1], [4, 3, 2]]),
+    "several rows at once": ((3, 2), [0, 4, 0]),
+    "rows in order": ((21, 1), [0] * 12 + [2] * 8 + [4]),
+}
+
+
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_products_with_experts_equal_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
+    monkeypatch.setattr(mx, "compile", lambda run: run)
+    monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
+    monkeypatch.setattr(matmul, "DEFAULT", matmul.Shape(2, 2, 2, 1))
+    turn = mx.array(signs(WIDTH, 3))
+    each = [quantize(mx.random.normal((ROWS, WIDTH), key=mx.random.key(e)), lloyd_max(3), 64) for e in range(EXPERTS)]
+    weight = experts.stack([tiles.arrange(*codes, lloyd_max(3), turn, WIDTH) for codes in each])
+    values = [reference.dequantize(*codes, lloyd_max(3)) for codes in each]
+    inputs = {name: mx.random.normal((*shape, WIDTH), key=mx.random.key(7)) for name, (shape, _) in CHOICES.items()}
+
+    def run() -> list[mx.array]:
+        return [
+            experts.expert_product(inputs[name], weight, mx.array(chosen), "order" in name, gpu)
+            for name, (_, chosen) in CHOICES.items()
+        ]
+
+    for (name, (_, chosen)), y in zip(CHOICES.items(), on_machine(tmp_path, run), strict=True):
+        expected = reference.expert_matmul(reference.rotate(inputs[name], turn, WIDTH), values, mx.array(chosen))
+        assert y.shape == expected.shape, name
+        assert mx.abs(y - expected).max() < 1e-3 * mx.abs(expected).max(), name
+
+
 @pytest.mark.parametrize("width", [64, 288, 320, 1536, 2048])
 def test_rotations_equal_the_reference(tmp_path: Path, width: int) -> None:
     turn, block = mx.array(signs(width, 3)), choose_block(width, "auto")
     x = mx.random.normal((3, width), key=mx.random.key(1))
-    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, hadamard.sign_bits(turn, width), block)])
+    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, tiles.sign_bits(turn, width), block)])
     assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
 
 
@@ -79,12 +128,21 @@ def test_the_layout_of_tiles_can_be_undone(bits: int, group: int) -> None:
     assert mx.array_equal(restored[1], scales)
 
 
+@pytest.mark.parametrize(("bits", "group"), WEIGHTS)
+def test_single_rows_of_tiles_can_be_taken(bits: int, group: int) -> None:
+    packed, scales = weights(bits, group)
+    rows = mx.array([39, 0, 8, 17, 8], dtype=mx.uint32)
+    taken = tiles.arrange(packed, scales, lloyd_max(bits)).take(rows)
+    assert mx.array_equal(taken[0], packed[rows])
+    assert mx.array_equal(taken[1], scales[rows])
+
+
 def one_product() -> list[mx.array]:
     """A rotated product, short enough to be compiled again for every fault."""
     turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
     x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
     weight = tiles.arrange(*weights(3, 64), lloyd_max(3))
-    ready = hadamard.prepare(x, hadamard.sign_bits(turn, WIDTH), block)
+    ready = hadamard.prepare(x, tiles.sign_bits(turn, WIDTH), block)
     return [matvec.matvec(ready, weight, "host", mx.float16)]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
-from quant_engine.cpu_layers import FastRMSNorm, FeedForward
+from quant_engine.fast_layers import FastRMSNorm, FeedForward
 from quant_engine.loader import load_source
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_model

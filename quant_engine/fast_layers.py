@@ -1,4 +1,4 @@
-"""Layers that take the place of MLX's own on a CPU, where those spend more on each step than on its arithmetic."""
+"""Layers that take the place of MLX's own where those spend more on each step than on its arithmetic."""
 
 from typing import cast
 

@@ -1,0 +1,155 @@
+"""Products of activations with the weights of a mixture's experts, in tiles."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import mlx.core as mx
+
+from metal_kernels.gpu import hadamard, matmul, matvec
+from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.products import Gpu
+from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
+from metal_kernels.launch import SIMD, Kernel
+
+INPUTS = ("x", "x_scales", "codes", "scales", "table")
+SOURCES = ("codes.metal", "matvec.metal", "matmul.metal", "experts.metal")
+
+PAIRS = Kernel(
+    name="turboquant_expert_pairs",
+    sources=SOURCES,
+    inputs=(*INPUTS, "chosen"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_ARRAY(float, partial, SLICES * TILES * 16 * COLUMNS);
+  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
+  uint pair = threadgroup_position_in_grid.y, row = pair / TIMES;
+  share.expert = chosen[pair];
+  share.rows = 16 * share.tiles - SPARE;
+  turboquant::matvec<BITS, GROUP, TILES, SLICES, PARTS, COLUMNS, NVIDIA, T>(
+      x + row * PARTS * share.blocks * 256, x_scales + row, share.codes(codes), share.scales(scales), table,
+      out + pair * share.rows, partial, PARTS, share.tiles, share.blocks, share.rows, threadgroup_position_in_grid.x, 0,
+      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+""",
+)
+
+SEGMENTS = Kernel(
+    name="turboquant_expert_segments",
+    sources=SOURCES,
+    inputs=(*INPUTS, "first_rows", "first_blocks"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_ARRAY(float, partial, SLICES * TILES * 16 * COLUMNS);
+  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
+  share.rows = 16 * share.tiles - SPARE;
+  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
+    return;
+  }
+  turboquant::matvec<BITS, GROUP, TILES, SLICES, PARTS, COLUMNS, NVIDIA, T>(
+      x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
+      table, out + share.first * share.rows, partial, share.count * PARTS, share.tiles, share.blocks, share.rows,
+      threadgroup_position_in_grid.x, share.block, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+""",
+)
+
+MATMUL = Kernel(
+    name="turboquant_expert_matmul",
+    sources=SOURCES,
+    inputs=(*INPUTS, "first_rows", "first_blocks"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
+  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
+  share.rows = 16 * share.tiles - SPARE;
+  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
+    return;
+  }
+  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, T>(
+      x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
+      table, out + share.first * share.rows, staged, share.count * PARTS, share.tiles, share.blocks, share.rows,
+      threadgroup_position_in_grid.x, share.block, thread_index_in_threadgroup);
+""",
+)
+
+MATRIX_ROWS = 16
+"""Rows for each expert, on average, from which NVIDIA's matrix units are filled well enough."""
+
+
+def stack(weights: Sequence[TileWeight]) -> TileWeight:
+    """Experts' weights of one recipe and rotation as one."""
+    first = weights[0]
+    codes, scales = mx.concatenate([w.codes for w in weights]), mx.concatenate([w.scales for w in weights])
+    mx.eval(codes, scales)
+    return TileWeight(codes, scales, first.table, first.signs, *first.recipe[:-1], len(weights))
+
+
+def expert_product(x: mx.array, weight: TileWeight, indices: mx.array, in_order: bool, gpu: Gpu) -> mx.array:
+    """x (..., rows, width), not rotated, times the experts that `indices` choose: (*indices.shape, rows, out).
+
+    in_order: the flat indices ascend, and a weight can be decoded once for several rows.
+    """
+    if in_order:
+        return _in_order(x, weight, indices, gpu)
+    return _compiled(weight.recipe, gpu)(x, indices, weight.arrays)
+
+
+@cache
+def _compiled(recipe: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
+    def run(x: mx.array, indices: mx.array, arrays: Arrays) -> mx.array:
+        return _pairs(x, TileWeight(*arrays, *recipe), indices, gpu)
+
+    return mx.compile(run)
+
+
+def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
+    """Every row and its expert by itself."""
+    times = indices.shape[-1] if x.shape[:-1] == (*indices.shape[:-1], 1, 1) else 1
+    if times == 1:
+        x, chosen = _all_rows(x, indices)
+    else:
+        chosen = indices
+    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
+    split = matvec.choose_split(weight.tiles, weight.codes.shape[1])
+    one = Activations(ready.halves, ready.scales, 1, ready.parts)
+    constants = matvec.constants(weight, one, split, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
+    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, _flat(chosen)]
+    out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // split.tiles), chosen.size)
+    y = PAIRS.launch(inputs, [out], groups, SIMD * split.slices, constants)[0]
+    return y.reshape(*indices.shape, -1, weight.rows)
+
+
+def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
+    """Rows of one expert at a time."""
+    x, chosen = _all_rows(x, indices)
+    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
+    if gpu == "cuda" and chosen.size >= MATRIX_ROWS * weight.experts:
+        kernel, shape = MATMUL, matmul.DEFAULT
+        constants = matmul.constants(weight, ready, shape, x.dtype)
+        columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
+    else:
+        kernel, split = SEGMENTS, matvec.choose_split(weight.tiles, weight.codes.shape[1])
+        constants = matvec.constants(weight, ready, split, gpu, x.dtype)
+        columns, threads, step = matvec.COLUMNS, SIMD * split.slices, split.tiles
+        constants["COLUMNS"] = columns
+    counts = (_flat(chosen)[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
+    first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
+    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, first_rows, first_blocks]
+    blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
+    out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // step), blocks)
+    y = kernel.launch(inputs, [out], groups, threads, constants | {"EXPERTS": weight.experts})[0]
+    return y.reshape(*indices.shape, -1, weight.rows)
+
+
+def _all_rows(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """x (n, width) and the expert of each of its rows."""
+    rows, width = x.shape[-2:]
+    chosen = indices if rows == 1 else mx.repeat(indices[..., None], rows, axis=-1)
+    return mx.broadcast_to(x, (*indices.shape, rows, width)).reshape(-1, width), chosen
+
+
+def _flat(indices: mx.array) -> mx.array:
+    return indices.reshape(-1).astype(mx.uint32)
+
+
+def _starts(counts: mx.array) -> mx.array:
+    """Where each run of `counts` begins, and where the last ends, uint32."""
+    return mx.concatenate([mx.zeros((1,), mx.uint32), mx.cumsum(counts).astype(mx.uint32)])
