@@ -1,6 +1,7 @@
 """Attention over float or packed keys and values, and the packing of new ones."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +12,10 @@ from metal_kernels.cpu.attention import attend
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.pack_cache import pack_rows
 from metal_kernels.cpu.tokens import PackedTokens, Visibility
-from metal_kernels.dispatch import has_kernel
+from metal_kernels.dispatch import active_backend, has_kernel
 from metal_kernels.errors import ShapeError
+from metal_kernels.gpu import attention as gpu
+from metal_kernels.gpu.products import GPUS
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
 
@@ -73,7 +76,9 @@ def pack_cache(x: mx.array, code: CacheCode) -> tuple[mx.array, mx.array]:
     """
     if x.shape[-1] != code.size:
         raise ShapeError(f"heads of {x.shape[-1]} values for a code of {code.size}")
-    if has_kernel("pack_cache"):
+    if active_backend() in GPUS and (head := _head_code(code)) and has_kernel("pack_cache"):
+        return gpu.pack(x, head)
+    if active_backend() == "cpu" and has_kernel("pack_cache"):
         signs = None if code.signs is None else view(code.signs)
         packed, scales = pack_rows(rotate_rows(rows_float32(x), signs, code.block), code.codebook, _group(code))
         return mx.array(packed).reshape(*x.shape[:-1], -1), mx.array(scales).reshape(*x.shape[:-1], -1)
@@ -104,7 +109,14 @@ def packed_attention(
     rotated once with the keys' signs, the result is unrotated once; the cache is never expanded to float.
     """
     _check_heads(queries, keys[0].shape[1], key_code.size)
-    if has_kernel("packed_attention"):
+    backend, heads = active_backend(), (_head_code(key_code), _head_code(value_code))
+    if backend in GPUS and heads[0] and heads[1] and has_kernel("packed_attention"):
+        bias = _checked_bias(mask, length)
+        return gpu.attend(
+            queries, keys, values, (heads[0], heads[1]), length=length, scale=scale, causal=isinstance(mask, str),
+            bias=bias, sinks=sinks, gpu=backend,
+        )  # fmt: skip
+    if backend == "cpu" and has_kernel("packed_attention"):
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
         k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)
         out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, _visibility(mask, sinks, length)))
@@ -116,6 +128,14 @@ def packed_attention(
             q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks
         )
     return unrotate(out, value_code.signs, value_code.block).astype(queries.dtype)
+
+
+@lru_cache(maxsize=256)
+def _head_code(code: CacheCode) -> gpu.HeadCode | None:
+    """The code as GPU kernels take it; None where they do not."""
+    if not gpu.fits(code.codebook, code.size, code.block):
+        return None
+    return gpu.HeadCode.of(code.codebook, _group(code), code.signs, code.block, code.size)
 
 
 def _packed_tokens(held: tuple[mx.array, mx.array], code: CacheCode) -> PackedTokens:
@@ -146,12 +166,18 @@ def _bias(mask: mx.array | None) -> mx.array | None:
     return bias.reshape(*[1] * (4 - bias.ndim), *bias.shape)
 
 
-def _visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
+def _checked_bias(mask: Mask, length: int) -> mx.array | None:
+    """As `_bias`; None for "causal". Raises ShapeError for any other word, or where the last axis is not the tokens."""
     if isinstance(mask, str) and mask != "causal":
         raise ShapeError(f"mask {mask!r}; it must be None, 'causal' or an array")
     bias = _bias(None if isinstance(mask, str) else mask)
     if bias is not None and bias.shape[-1] != length:
         raise ShapeError(f"a mask of shape {bias.shape} over {length} tokens; its last axis must be the tokens")
+    return bias
+
+
+def _visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
+    bias = _checked_bias(mask, length)
     return Visibility(
         isinstance(mask, str),
         None if bias is None else view(bias),

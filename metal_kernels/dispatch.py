@@ -18,9 +18,10 @@ from metal_kernels.errors import KernelError
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+_GPU = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
 _KERNELS: dict[Backend, frozenset[str]] = {
-    "metal": frozenset(["matmul", "expert_matmul", "feed_forward"]),
-    "cuda": frozenset(["matmul", "expert_matmul", "feed_forward"]),
+    "metal": _GPU,
+    "cuda": _GPU,
     "cpu": frozenset(
         [
             *("rotate", "quantize", "matmul", "dense", "affine", "expert_matmul", "feed_forward", "swiglu", "rms_norm"),

@@ -1,5 +1,8 @@
 """Rotated rows to packed codes and scales, and back."""
 
+from collections.abc import Callable
+from functools import cache
+
 import mlx.core as mx
 
 from metal_kernels import reference
@@ -25,7 +28,19 @@ def quantize(
     if has_kernel("quantize"):
         packed, scales = quantize_rows(rows_float32(x), codebook, group_size, search)
         return mx.array(packed), mx.array(scales)
-    return reference.quantize(x, codebook, group_size, search)
+    return _compiled(codebook, group_size, search)(x)
+
+
+@cache
+def _compiled(
+    codebook: tuple[float, ...], group_size: int, search: bool
+) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """The reference operations, fused by MLX where it can."""
+
+    def run(x: mx.array) -> tuple[mx.array, mx.array]:
+        return reference.quantize(x, codebook, group_size, search)
+
+    return mx.compile(run)
 
 
 def dequantize(

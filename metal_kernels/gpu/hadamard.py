@@ -68,11 +68,11 @@ def prepare(x: mx.array, signs: mx.array, block: int) -> Activations:
 
 def fits(block: int) -> bool:
     """Whether the kernel transforms blocks of this size."""
-    odd, power = _factors(block)
+    odd, power = factors(block)
     return odd * max(1, power // MOST_THREADS) <= MOST_VALUES
 
 
-def _factors(block: int) -> tuple[int, int]:
+def factors(block: int) -> tuple[int, int]:
     """A block as the size of an odd Hadamard factor, 1, 12, 20 or 28, times a power of two."""
     odd = block // (block & -block)
     odd = 1 if odd == 1 else 4 * odd
@@ -81,7 +81,7 @@ def _factors(block: int) -> tuple[int, int]:
 
 def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values; block 1, no transform, goes in runs of what power of two divides the width."""
-    odd, power = _factors(block)
+    odd, power = factors(block)
     power = power if block > 1 else min(width & -width, MOST_THREADS)
     threads = min(max(power, 32), MOST_THREADS)
     if not fits(block):

@@ -102,8 +102,9 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
 def sign_bits(signs: mx.array | None, width: int) -> mx.array:
     """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32 or more,)."""
     bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
-    words = pack(bits[None], 1)[0]
-    return mx.contiguous(mx.pad(words, [(0, max(0, 8 - words.size))]))
+    # Metal keeps arrays of fewer than 8 values in another address space.
+    room = max(8 * 32, -(-width // 32) * 32)
+    return mx.contiguous(pack(mx.pad(bits, [(0, room - width)])[None], 1)[0])
 
 
 def arrange(

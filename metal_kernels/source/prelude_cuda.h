@@ -30,6 +30,10 @@ __device__ inline float shuffle_xor(float value, uint distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }
 
+__device__ inline float shuffle(float value, uint lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 __device__ inline uint4 load4(Device<const half> at) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -67,6 +71,26 @@ __device__ inline uint multiply_pairs(uint a, uint b) {
   return product;
 }
 
+__device__ inline uint pack_halves(float first, float second) {
+  __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<uint*>(&pair);
+}
+
+__device__ inline uint add_pairs(uint a, uint b) {
+  uint sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+// The low 32 bits of high:low shifted right by less than 32.
+__device__ inline uint shift_right(uint low, uint high, uint by) {
+  return __funnelshift_r(low, high, by);
+}
+
+__device__ inline float power_of_two(float exponent) {
+  return exp2f(exponent);
+}
+
 __device__ inline uint float_bits(float value) {
   return __float_as_uint(value);
 }
@@ -76,7 +100,9 @@ __device__ inline float bits_float(uint bits) {
 }
 
 __device__ inline uint byte_permute(uint a, uint b, uint selector) {
-  return __byte_perm(a, b, selector);
+  uint bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
 }
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), spread over a simdgroup as PTX's mma.m16n8k16 says.

@@ -14,6 +14,7 @@
 using uint = unsigned int;
 using half = _Float16;
 using bfloat16_t = emulator::bfloat16;
+using std::rint;
 using std::sqrt;
 
 struct uint4 {
@@ -36,6 +37,10 @@ inline void loads_first() {}
 inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()) {
   uint lane = emulator::thread_index() % 32;
   return emulator::exchange(value, line)[lane ^ distance];
+}
+
+inline float shuffle(float value, uint lane, int line = __builtin_LINE()) {
+  return emulator::exchange(value, line)[lane];
 }
 
 inline uint4 load4(Device<const half> at) {
@@ -62,6 +67,23 @@ inline uint multiply_pairs(uint a, uint b) {
   uint first = emulator::bits_as<unsigned short>(half(low(a) * low(b)));
   uint second = emulator::bits_as<unsigned short>(half(high(a) * high(b)));
   return first | (second << 16);
+}
+
+inline uint pack_halves(float first, float second) {
+  uint low_bits = emulator::bits_as<unsigned short>(half(first));
+  return low_bits | (uint(emulator::bits_as<unsigned short>(half(second))) << 16);
+}
+
+inline uint add_pairs(uint a, uint b) {
+  return pack_halves(low(a) + low(b), high(a) + high(b));
+}
+
+inline uint shift_right(uint low_word, uint high_word, uint by) {
+  return by == 0 ? low_word : (low_word >> by) | (high_word << (32 - by));
+}
+
+inline float power_of_two(float exponent) {
+  return std::exp2(exponent);
 }
 
 inline uint float_bits(float value) {

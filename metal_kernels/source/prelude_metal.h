@@ -20,6 +20,10 @@ inline float shuffle_xor(float value, uint distance) {
   return simd_shuffle_xor(value, ushort(distance));
 }
 
+inline float shuffle(float value, uint lane) {
+  return simd_shuffle(value, ushort(lane));
+}
+
 inline uint4 load4(Device<const half> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
 }
@@ -42,6 +46,23 @@ inline float high(uint pair) {
 
 inline uint multiply_pairs(uint a, uint b) {
   return as_type<uint>(as_type<half2>(a) * as_type<half2>(b));
+}
+
+inline uint pack_halves(float first, float second) {
+  return as_type<uint>(half2(half(first), half(second)));
+}
+
+inline uint add_pairs(uint a, uint b) {
+  return as_type<uint>(as_type<half2>(a) + as_type<half2>(b));
+}
+
+// The low 32 bits of high:low shifted right by less than 32.
+inline uint shift_right(uint low, uint high, uint by) {
+  return by == 0 ? low : (low >> by) | (high << (32 - by));
+}
+
+inline float power_of_two(float exponent) {
+  return exp2(exponent);
 }
 
 inline uint float_bits(float value) {

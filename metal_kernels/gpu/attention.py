@@ -1,0 +1,240 @@
+"""Attention over packed keys and values, and the packing of new ones, on a GPU."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels.gpu.hadamard import factors, odd_factor
+from metal_kernels.gpu.products import Gpu
+from metal_kernels.gpu.tiles import sign_bits
+from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.layout import bits_of
+
+SIMDGROUPS = 4
+TOKENS_AT_ONCE = 16 * SIMDGROUPS
+THREADGROUPS = 528
+"""Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
+
+ATTEND = Kernel(
+    name="turboquant_attention",
+    sources=("codes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
+    inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "sizes",
+            "factor", "bias"),
+    outputs=("sums", "stats"),
+    body="""
+  constexpr int MOST_SIZE = KEY_SIZE > VALUE_SIZE ? KEY_SIZE : VALUE_SIZE;
+  THREADGROUP_ARRAY(float, shared, ROWS * MOST_SIZE);
+  using Halves = turboquant::Choose<NVIDIA, uint4, uint>::Type;
+  THREADGROUP_ARRAY(Halves, halves, ROWS * KEY_SIZE / (NVIDIA ? 8 : 2));
+  THREADGROUP_ARRAY(float, maxima, SIMDGROUPS * ROWS);
+  THREADGROUP_ARRAY(float, totals, SIMDGROUPS * ROWS);
+  THREADGROUP_ARRAY(float, factors, (SIMDGROUPS > 2 ? SIMDGROUPS : 2) * ROWS);
+  uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup, index = simdgroup * 32 + lane;
+  uint heads = keys_shape[1], room = keys_shape[2], all_rows = queries_shape[1] / heads * queries_shape[2];
+  uint tiles = (all_rows + ROWS - 1) / ROWS, part = threadgroup_position_in_grid.x, parts = sizes[2];
+  uint head = threadgroup_position_in_grid.y / tiles, first = threadgroup_position_in_grid.y % tiles * ROWS;
+  uint rows = all_rows - first < uint(ROWS) ? all_rows - first : ROWS;
+  uint per_head = all_rows / queries_shape[2], entry = head / heads, of_entry = head % heads * per_head;
+  uint strides[3] = {uint(bias_shape[1] * bias_shape[2] * bias_shape[3]), uint(bias_shape[2] * bias_shape[3]),
+                     uint(bias_shape[3])};
+  turboquant::Sight<MASK> sight{
+      sizes[0], all_rows, uint(queries_shape[2]), first, rows,
+      bias + (bias_shape[0] > 1 ? entry * strides[0] : 0) + (bias_shape[1] > 1 ? of_entry * strides[1] : 0),
+      bias_shape[1] > 1 ? strides[1] : 0, bias_shape[2] > 1 ? strides[2] : 0, bias_shape[3] > 1 ? 1u : 0u};
+  turboquant::rotate_queries<ROWS, KEY_SIZE, KEY_ODD, KEY_POWER, SIMDGROUPS, T>(
+      queries + (head * all_rows + first) * KEY_SIZE, q_signs, odd, shared, factors, rows, factor[0], index);
+  turboquant::stage_queries<ROWS, KEY_SIZE, SIMDGROUPS>(shared, factors, halves, index);
+  turboquant::Table k_values = turboquant::load_table(k_table), v_values = turboquant::load_table(v_table);
+  turboquant::Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, NVIDIA> mine;
+  uint start = part * sizes[1], end = start + sizes[1] < sizes[0] ? start + sizes[1] : sizes[0];
+  if (MASK == 1) {
+    uint seen = sizes[0] - queries_shape[2] + sight.last_query() + 1;
+    end = end < seen ? end : seen;
+  }
+  for (uint token = start + 16 * simdgroup; token < end; token += 16 * SIMDGROUPS) {
+    mine.template add<MASK>(
+        halves, factors, keys + head * room * (KEY_SIZE * KEY_BITS / 32),
+        k_scales + head * room * (KEY_SIZE / KEY_GROUP), values + head * room * (VALUE_SIZE * VALUE_BITS / 32),
+        v_scales + head * room * (VALUE_SIZE / VALUE_GROUP), k_values, v_values, sight, token, end, lane);
+  }
+  mine.finish();
+  mine.note(maxima + simdgroup * ROWS, totals + simdgroup * ROWS, lane);
+  turboquant::join<ROWS, SIMDGROUPS>(maxima, totals, factors, index);
+  for (int turn = 0; turn < SIMDGROUPS; turn++) {
+    if (simdgroup == uint(turn)) {
+      mine.give(shared, factors + turn * ROWS, turn == 0, lane);
+    }
+    turboquant::barrier();
+  }
+  for (uint i = index; i < rows * VALUE_SIZE; i += 32 * SIMDGROUPS) {
+    uint row = head * all_rows + first + i / VALUE_SIZE;
+    sums[(row * parts + part) * VALUE_SIZE + i % VALUE_SIZE] = shared[i];
+  }
+  if (index < rows) {
+    uint row = head * all_rows + first + index;
+    stats[(row * parts + part) * 2] = maxima[index];
+    stats[(row * parts + part) * 2 + 1] = totals[index];
+  }
+""",
+)  # fmt: skip
+
+JOIN = Kernel(
+    name="turboquant_attention_parts",
+    sources=("codes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
+    inputs=("sums", "stats", "sinks", "signs", "odd"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_ARRAY(float, shared, SIZE);
+  uint row = threadgroup_position_in_grid.x, parts = sums_shape[1];
+  turboquant::join_parts<SIZE, ODD, POWER, THREADS, SINKS, T>(
+      sums + row * parts * SIZE, stats + row * parts * 2, sinks, signs, odd, out + row * SIZE, shared, parts,
+      row / QUERIES % HEADS, thread_index_in_threadgroup);
+""",
+)
+
+PACK = Kernel(
+    name="turboquant_pack_cache",
+    sources=("heads.metal", "pack_cache.metal"),
+    inputs=("x", "signs", "odd", "codebook"),
+    outputs=("codes", "scales"),
+    body="""
+  THREADGROUP_ARRAY(float, shared, SIZE);
+  THREADGROUP_ARRAY(uint, chosen, SIZE);
+  turboquant::pack_head<BITS, SIZE, GROUP, ODD, POWER, T>(
+      x, signs, odd, codebook, codes, scales, shared, chosen, threadgroup_position_in_grid.x,
+      thread_index_in_threadgroup);
+""",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCode:
+    """A `CacheCode` as kernels take it: its arrays, made once, and its numbers."""
+
+    bits: int
+    size: int
+    group: int
+    odd: int
+    power: int
+    signs: mx.array
+    matrix: mx.array
+    table: mx.array
+    codebook: mx.array
+
+    @staticmethod
+    def of(codebook: tuple[float, ...], group: int, signs: mx.array | None, block: int, size: int) -> "HeadCode":
+        """The code of heads of `size` values in groups of `group`."""
+        odd, power = factors(block)
+        padded = np.resize(np.array(codebook, np.float32), max(8, len(codebook)))
+        return HeadCode(
+            bits_of(codebook), size, group, odd, power, sign_bits(signs, size), odd_factor(odd),
+            mx.array(token_table(codebook)), mx.array(padded),
+        )  # fmt: skip
+
+
+def fits(codebook: tuple[float, ...], size: int, block: int) -> bool:
+    """Whether the kernels take heads of this size and code."""
+    values = np.array(codebook, np.float16)
+    return (
+        bits_of(codebook) in (2, 3, 4, 8) and np.array_equal(values, -values[::-1]) and size % 16 == 0 and size <= 256
+    )
+
+
+def token_table(codebook: tuple[float, ...]) -> np.ndarray:
+    """What kernels decode a token's codes with, uint32 (8,), as float16 bits; zeros for 8 bits, which need none.
+
+    Two words of low bytes and two of high bytes of the values of codes 0 to 7 (of 4 bits: of the negative
+    magnitudes), then four words of magnitudes.
+    """
+    if bits_of(codebook) == 8:
+        return np.zeros(8, np.uint32)
+    values = np.array(codebook, np.float16)
+    magnitudes = values[len(values) // 2 :]
+    halves = np.resize(-magnitudes if len(codebook) == 16 else values, 8).view(np.uint16)
+    low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
+    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
+    return np.concatenate(words)
+
+
+def pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
+    """Codes and scales of keys or values x (..., size), see `metal_kernels.pack_cache`."""
+    heads, leading = x.size // code.size, x.shape[:-1]
+    constants = {
+        "BITS": code.bits, "SIZE": code.size, "GROUP": code.group, "ODD": code.odd, "POWER": code.power, "T": x.dtype,
+    }  # fmt: skip
+    outputs = [
+        ((*leading, code.size * code.bits // 32), mx.uint32),
+        ((*leading, code.size // code.group), mx.float16),
+    ]
+    codes, scales = PACK.launch([x, code.signs, code.matrix, code.codebook], outputs, (heads, 1), SIMD, constants)
+    return codes, scales
+
+
+def attend(
+    queries: mx.array,
+    keys: tuple[mx.array, mx.array],
+    values: tuple[mx.array, mx.array],
+    codes: tuple[HeadCode, HeadCode],
+    *,
+    length: int,
+    scale: float,
+    causal: bool,
+    bias: mx.array | None,
+    sinks: mx.array | None,
+    gpu: Gpu,
+) -> mx.array:
+    """Attention over the first `length` tokens: (B, H, L, value size), in the original domain, in queries' dtype.
+
+    bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None.
+    """
+    of_keys, of_values = codes
+    batch, heads, rows, _ = queries.shape
+    kv_heads, nvidia = keys[0].shape[1], gpu == "cuda"
+    rows_at_once = 16 if nvidia else 4
+    tiles = -(-heads // kv_heads * rows // rows_at_once) * batch * kv_heads
+    chunk, parts = _parts(length, tiles)
+    constants = {
+        "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
+        "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
+        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "ROWS": rows_at_once, "SIMDGROUPS": SIMDGROUPS,
+        "MASK": 1 if causal else 0 if bias is None else 2, "NVIDIA": nvidia, "T": queries.dtype,
+    }  # fmt: skip
+    all_rows = batch * heads * rows
+    outputs = [((all_rows, parts, of_values.size), mx.float32), ((all_rows, parts, 2), mx.float32)]
+    inputs = [
+        queries, of_keys.signs, *keys, *values, of_keys.table, of_values.table, of_keys.matrix,
+        mx.array([length, chunk, parts, 0, 0, 0, 0, 0], dtype=mx.uint32),
+        _constant(scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
+        _constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
+    ]  # fmt: skip
+    sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
+    threads = min(256, -(-of_values.size // 32) * 32)
+    constants = {
+        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "THREADS": threads,
+        "SINKS": sinks is not None, "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
+    }  # fmt: skip
+    resting = _constant(0.0) if sinks is None else _padded(sinks)
+    inputs = [sums, stats, resting, of_values.signs, of_values.matrix]
+    out = ((batch, heads, rows, of_values.size), queries.dtype)
+    return JOIN.launch(inputs, [out], (all_rows, 1), threads, constants)[0]
+
+
+def _parts(length: int, tiles: int) -> tuple[int, int]:
+    """Tokens of a part of the context, a multiple of TOKENS_AT_ONCE, and how many parts there are."""
+    most = max(1, THREADGROUPS // tiles)
+    chunk = -(-max(length, 1) // most)
+    chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
+    return chunk, -(-max(length, 1) // chunk)
+
+
+@cache
+def _constant(value: float) -> mx.array:
+    """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
+    return mx.full((8,), value)
+
+
+def _padded(sinks: mx.array) -> mx.array:
+    return mx.pad(sinks.astype(mx.float32), [(0, max(0, 8 - sinks.size))])

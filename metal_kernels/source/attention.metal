@@ -1,0 +1,422 @@
+// Attention over packed keys and values.
+//
+// A threadgroup takes ROWS rows of queries that share one head of keys and values, and one part of the tokens; its
+// simdgroups take 16 tokens in turn. Lane (g = lane / 4, t = lane % 4) decodes a quarter of the keys of tokens g and
+// g + 8 and an eighth of the values of tokens 2t, 2t + 1, 2t + 8 and 2t + 9, in registers. Each simdgroup keeps a running
+// maximum, as flash attention does. A second kernel adds up the parts, the sinks, and turns the result back.
+
+namespace turboquant {
+
+// Below every score; infinities would make differences that are no numbers.
+constexpr float NOTHING = -3.4e38f;
+
+template <bool FIRST, typename ONE, typename TWO>
+struct Choose {
+  using Type = ONE;
+};
+
+template <typename ONE, typename TWO>
+struct Choose<false, ONE, TWO> {
+  using Type = TWO;
+};
+
+// What every row of a threadgroup needs to know.
+template <int MASK>
+struct Sight {
+  uint length, rows_of_head, queries, first_row, rows;
+  // Where the bias of head `head` of batch entry `entry` begins, and its row's and token's strides.
+  Device<const float> bias;
+  uint head_stride, row_stride, token_stride;
+
+  // The last of the rows' queries.
+  uint last_query() const {
+    uint first = first_row % queries;
+    return first + rows > queries ? queries - 1 : first + rows - 1;
+  }
+
+  // The score of a row and token, in powers of two, with what masks do to it.
+  float score(float value, uint row, uint token, uint end) const {
+    if (row >= rows || token >= end) {
+      return NOTHING;
+    }
+    uint query = (first_row + row) % queries;
+    if (MASK == 1 && token + queries > length + query) {
+      return NOTHING;
+    }
+    if (MASK == 2) {
+      uint head = (first_row + row) / queries;
+      value += 1.44269504f * bias[head * head_stride + query * row_stride + token * token_stride];
+    }
+    return value;
+  }
+};
+
+// The factor that the sums so far shrink by when the maximum goes from `before` to `now`.
+inline float shrink(float before, float now) {
+  return before == now ? 1.0f : power_of_two(before - now);
+}
+
+inline float weight_of(float score, float most) {
+  return score == NOTHING ? 0.0f : power_of_two(score - most);
+}
+
+inline float larger(float a, float b) {
+  return a > b ? a : b;
+}
+
+template <int SIZE>
+inline uint pair_of_row(Shared<float> values, Shared<float> factors, uint row, uint column) {
+  float factor = factors[row];
+  return pack_halves(values[row * SIZE + column] * factor, values[row * SIZE + column + 1] * factor);
+}
+
+// Rotated queries (ROWS, SIZE) as halves, in the order in which lanes read them.
+template <int ROWS, int SIZE, int SIMDGROUPS>
+inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<uint> halves, uint index) {
+  for (uint i = index; i < uint(ROWS * SIZE / 2); i += 32 * SIMDGROUPS) {
+    uint column = i / ROWS % 4 * (SIZE / 4) + i / (4 * ROWS) * 2;
+    halves[i] = pair_of_row<SIZE>(values, factors, i % ROWS, column);
+  }
+  barrier();
+}
+
+#ifdef NVIDIA_INSTRUCTIONS
+template <int ROWS, int SIZE, int SIMDGROUPS>
+inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<uint4> halves, uint index) {
+  for (uint i = index; i < uint(ROWS * SIZE / 8); i += 32 * SIMDGROUPS) {
+    uint g = i % 32 / 4, column = i % 4 * (SIZE / 4) + i / 32 * 4;
+    halves[i] = uint4{pair_of_row<SIZE>(values, factors, g, column), pair_of_row<SIZE>(values, factors, g + 8, column),
+                      pair_of_row<SIZE>(values, factors, g, column + 2),
+                      pair_of_row<SIZE>(values, factors, g + 8, column + 2)};
+  }
+  barrier();
+}
+#endif
+
+// One simdgroup's rows: running maxima and sums, and weighted sums of values.
+template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS, bool NVIDIA>
+struct Rows {
+  static constexpr int RUN = VALUE_SIZE / 8;
+  float most[ROWS], sums[ROWS];
+  float out[ROWS][RUN];
+
+  Rows() {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      most[r] = NOTHING;
+      sums[r] = 0;
+      UNROLL
+      for (int i = 0; i < RUN; i++) {
+        out[r][i] = 0;
+      }
+    }
+  }
+
+  template <int MASK>
+  void add(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
+           Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
+           const thread Table& value_table, const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
+    uint g = lane / 4, t = lane % 4;
+    float weights[2][ROWS];
+    UNROLL
+    for (int j = 0; j < 2; j++) {
+      uint token = start + g + 8 * j, last = sight.length - 1;
+      TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> run(keys, key_scales, token < last ? token : last, t);
+      float scores[ROWS];
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        scores[r] = 0;
+      }
+      UNROLL
+      for (int c = 0; c < KEY_SIZE / 16; c++) {
+        Pairs four = run.template values<NVIDIA>(c, key_table);
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          uint one = queries[((2 * c) * 4 + t) * ROWS + r], two = queries[((2 * c + 1) * 4 + t) * ROWS + r];
+          scores[r] += low(four.first) * low(one) + high(four.first) * high(one) + low(four.second) * low(two) +
+                       high(four.second) * high(two);
+        }
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        scores[r] += shuffle_xor(scores[r], 1);
+        scores[r] += shuffle_xor(scores[r], 2);
+        weights[j][r] = sight.score(scores[r] * factors[ROWS + r], r, token, end);
+      }
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float now = larger(most[r], larger(weights[0][r], weights[1][r]));
+      UNROLL
+      for (int distance = 4; distance < 32; distance *= 2) {
+        now = larger(now, shuffle_xor(now, distance));
+      }
+      float kept = shrink(most[r], now);
+      most[r] = now;
+      sums[r] *= kept;
+      UNROLL
+      for (int i = 0; i < RUN; i++) {
+        out[r][i] *= kept;
+      }
+      UNROLL
+      for (int j = 0; j < 2; j++) {
+        weights[j][r] = weight_of(weights[j][r], now);
+        sums[r] += weights[j][r];
+      }
+    }
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      uint place = 2 * t + k % 2, token = start + place + 8 * (k / 2), last = sight.length - 1;
+      TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> run(values, value_scales, token < last ? token : last, g);
+      float weight[ROWS];
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        weight[r] = shuffle(weights[k / 2][r], 4 * place);
+      }
+      UNROLL
+      for (int c = 0; c < (RUN + 3) / 4; c++) {
+        Pairs four = run.template values<NVIDIA>(c, value_table);
+        float each[4] = {low(four.first), high(four.first), low(four.second), high(four.second)};
+        UNROLL
+        for (int i = 4 * c; i < (4 * c + 4 < RUN ? 4 * c + 4 : RUN); i++) {
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            out[r][i] += weight[r] * each[i % 4];
+          }
+        }
+      }
+    }
+  }
+
+  // Sums over lanes; then each row's maximum and sum are the same in all lanes.
+  void finish() {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      UNROLL
+      for (int distance = 4; distance < 32; distance *= 2) {
+        sums[r] += shuffle_xor(sums[r], distance);
+      }
+      UNROLL
+      for (int i = 0; i < RUN; i++) {
+        out[r][i] += shuffle_xor(out[r][i], 1);
+        out[r][i] += shuffle_xor(out[r][i], 2);
+      }
+    }
+  }
+
+  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
+    if (lane == 0) {
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        maxima[r] = most[r];
+        totals[r] = sums[r];
+      }
+    }
+  }
+
+  // Adds this simdgroup's weighted sums to the threadgroup's (ROWS, VALUE_SIZE); factors (ROWS).
+  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
+    if (lane % 4 != 0) {
+      return;
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      UNROLL
+      for (int i = 0; i < RUN; i++) {
+        uint at = r * VALUE_SIZE + lane / 4 * RUN + i;
+        float value = out[r][i] * factors[r];
+        all[at] = first ? value : value + all[at];
+      }
+    }
+  }
+};
+
+#ifdef NVIDIA_INSTRUCTIONS
+// By matrix units: rows g and g + 8 in registers, two pairs for each 16 x 8 part of scores or of weighted sums.
+template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP>
+struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 16, true> {
+  static constexpr int RUN = VALUE_SIZE / 8;
+  float most[2], sums[2];
+  float out[RUN][4];
+
+  Rows() {
+    UNROLL
+    for (int r = 0; r < 2; r++) {
+      most[r] = NOTHING;
+      sums[r] = 0;
+    }
+    UNROLL
+    for (int i = 0; i < RUN * 4; i++) {
+      out[i / 4][i % 4] = 0;
+    }
+  }
+
+  template <int MASK>
+  void add(Shared<uint4> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
+           Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
+           const thread Table& value_table, const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
+    uint g = lane / 4, t = lane % 4, last = sight.length - 1;
+    float scores[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    uint token = start + g, other = start + g + 8;
+    TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> one(keys, key_scales, token < last ? token : last, t);
+    TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> two(keys, key_scales, other < last ? other : last, t);
+    UNROLL
+    for (int c = 0; c < KEY_SIZE / 16; c++) {
+      uint4 q = queries[c * 32 + lane];
+      Pairs first = one.template values<true>(c, key_table), second = two.template values<true>(c, key_table);
+      matrix_multiply(scores[0], q, first.first, first.second);
+      matrix_multiply(scores[1], q, second.first, second.second);
+    }
+    float now[2] = {most[0], most[1]};
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+      uint row = g + 8 * (i % 4 / 2), at = start + 8 * (i / 4) + 2 * t + i % 2;
+      scores[i / 4][i % 4] = sight.score(scores[i / 4][i % 4] * factors[16 + row], row, at, end);
+      now[i % 4 / 2] = larger(now[i % 4 / 2], scores[i / 4][i % 4]);
+    }
+    UNROLL
+    for (int r = 0; r < 2; r++) {
+      now[r] = larger(now[r], shuffle_xor(now[r], 1));
+      now[r] = larger(now[r], shuffle_xor(now[r], 2));
+      float kept = shrink(most[r], now[r]);
+      most[r] = now[r];
+      sums[r] *= kept;
+      UNROLL
+      for (int i = 0; i < RUN * 2; i++) {
+        out[i / 2][2 * r + i % 2] *= kept;
+      }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+      scores[i / 4][i % 4] = weight_of(scores[i / 4][i % 4], most[i % 4 / 2]);
+      sums[i % 4 / 2] += scores[i / 4][i % 4];
+    }
+    uint4 weights = uint4{pack_halves(scores[0][0], scores[0][1]), pack_halves(scores[0][2], scores[0][3]),
+                          pack_halves(scores[1][0], scores[1][1]), pack_halves(scores[1][2], scores[1][3])};
+    uint at = start + 2 * t;
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> a(values, value_scales, at < last ? at : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> b(values, value_scales, at + 1 < last ? at + 1 : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> c(values, value_scales, at + 8 < last ? at + 8 : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> d(values, value_scales, at + 9 < last ? at + 9 : last, g);
+    UNROLL
+    for (int i = 0; i < (RUN + 3) / 4; i++) {
+      Pairs of_a = a.template values<true>(i, value_table), of_b = b.template values<true>(i, value_table);
+      Pairs of_c = c.template values<true>(i, value_table), of_d = d.template values<true>(i, value_table);
+      UNROLL
+      for (int j = 0; j < 4; j++) {
+        uint both = j % 2 ? 0x7632u : 0x5410u;
+        if (4 * i + j < RUN) {
+          uint early = byte_permute(j < 2 ? of_a.first : of_a.second, j < 2 ? of_b.first : of_b.second, both);
+          uint late = byte_permute(j < 2 ? of_c.first : of_c.second, j < 2 ? of_d.first : of_d.second, both);
+          matrix_multiply(out[4 * i + j < RUN ? 4 * i + j : 0], weights, early, late);
+        }
+      }
+    }
+  }
+
+  void finish() {
+    UNROLL
+    for (int r = 0; r < 2; r++) {
+      sums[r] += shuffle_xor(sums[r], 1);
+      sums[r] += shuffle_xor(sums[r], 2);
+    }
+  }
+
+  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
+    if (lane % 4 == 0) {
+      UNROLL
+      for (int r = 0; r < 2; r++) {
+        maxima[lane / 4 + 8 * r] = most[r];
+        totals[lane / 4 + 8 * r] = sums[r];
+      }
+    }
+  }
+
+  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
+    UNROLL
+    for (int i = 0; i < RUN * 4; i++) {
+      uint row = lane / 4 + 8 * (i % 4 / 2), at = row * VALUE_SIZE + (2 * (lane % 4) + i % 2) * RUN + i / 4;
+      float value = out[i / 4][i % 4] * factors[row];
+      all[at] = first ? value : value + all[at];
+    }
+  }
+};
+#endif
+
+// Queries (rows, SIZE) into `values`, rotated, and `factors`: (ROWS) what makes halves of them, (ROWS) what undoes that
+// and scales the scores, in powers of two.
+template <int ROWS, int SIZE, int ODD, int POWER, int SIMDGROUPS, typename T>
+inline void rotate_queries(Device<const T> queries, Device<const uint> signs, Device<const float> matrix,
+                           Shared<float> values, Shared<float> factors, uint rows, float scale, uint index) {
+  for (uint i = index; i < uint(ROWS * SIZE); i += 32 * SIMDGROUPS) {
+    float value = i / SIZE < rows ? static_cast<float>(queries[i]) : 0.0f;
+    values[i] = signed_by(signs, i % SIZE, value);
+  }
+  transform_heads<ROWS * SIZE, ODD, POWER, false, 32 * SIMDGROUPS>(values, matrix, index);
+  for (uint row = index / 32; row < uint(ROWS); row += SIMDGROUPS) {
+    float most = 0;
+    for (uint i = index % 32; i < uint(SIZE); i += 32) {
+      float value = values[row * SIZE + i];
+      most = larger(most, value < 0 ? -value : value);
+    }
+    UNROLL
+    for (int distance = 1; distance < 32; distance *= 2) {
+      most = larger(most, shuffle_xor(most, distance));
+    }
+    if (index % 32 == 0) {
+      uint exponent = scale_exponent(most);
+      factors[row] = bits_float(exponent << 23);
+      factors[ROWS + row] = bits_float((254u - exponent) << 23) * scale;
+    }
+  }
+  barrier();
+}
+
+// What the threadgroup's simdgroups found, as one: maxima and totals (SIMDGROUPS, ROWS); the new maximum and total of a
+// row take the place of the first simdgroup's, and `factors` (SIMDGROUPS, ROWS) what each one's sums shrink by.
+template <int ROWS, int SIMDGROUPS>
+inline void join(Shared<float> maxima, Shared<float> totals, Shared<float> factors, uint index) {
+  barrier();
+  if (index < uint(ROWS)) {
+    float most = NOTHING, total = 0;
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      most = larger(most, maxima[s * ROWS + index]);
+    }
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      float factor = weight_of(maxima[s * ROWS + index], most);
+      factors[s * ROWS + index] = factor;
+      total += factor * totals[s * ROWS + index];
+    }
+    maxima[index] = most;
+    totals[index] = total;
+  }
+  barrier();
+}
+
+// Adds up the parts of one row: sums (parts, SIZE), stats (parts, 2) of maxima and totals. Turns the result back.
+template <int SIZE, int ODD, int POWER, int THREADS, bool SINKS, typename T>
+inline void join_parts(Device<const float> sums, Device<const float> stats, Device<const float> sinks,
+                       Device<const uint> signs, Device<const float> matrix, Device<T> out, Shared<float> values,
+                       uint parts, uint head, uint index) {
+  float most = SINKS ? sinks[head] * 1.44269504f : NOTHING;
+  for (uint i = 0; i < parts; i++) {
+    most = larger(most, stats[2 * i]);
+  }
+  float total = SINKS ? weight_of(sinks[head] * 1.44269504f, most) : 0.0f;
+  for (uint i = 0; i < parts; i++) {
+    total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
+  }
+  for (uint column = index; column < uint(SIZE); column += THREADS) {
+    float sum = 0;
+    for (uint i = 0; i < parts; i++) {
+      sum += weight_of(stats[2 * i], most) * sums[i * SIZE + column];
+    }
+    values[column] = total > 0 ? sum / (total * sqrt(float(ODD * POWER))) : 0.0f;
+  }
+  transform_heads<SIZE, ODD, POWER, true, THREADS>(values, matrix, index);
+  for (uint column = index; column < uint(SIZE); column += THREADS) {
+    out[column] = static_cast<T>(signed_by(signs, column, values[column]));
+  }
+}
+
+} // namespace turboquant

@@ -1,0 +1,151 @@
+// Keys and values as a cache holds them: the codes of a token's head are a stream of bits, low bits first.
+
+namespace turboquant {
+
+// A lane's run of COUNT codes, from any code on, moved to begin at bit 0.
+template <int BITS, int COUNT>
+struct Stream {
+  static constexpr int SIZE = COUNT * BITS, WORDS = (SIZE + 31) / 32;
+  static constexpr bool ALIGNED = SIZE % 32 == 0;
+  uint at[WORDS + 1];
+
+  // Run `which` of the runs of a head of `words` words.
+  void load(Device<const uint> head, uint which, uint words) {
+    uint word = which * SIZE / 32, shift = which * SIZE % 32;
+    UNROLL
+    for (int i = 0; i < WORDS + 1; i++) {
+      uint from = word + i;
+      at[i] = ALIGNED && i == WORDS ? 0 : head[from < words ? from : words - 1];
+    }
+    if (!ALIGNED) {
+      UNROLL
+      for (int i = 0; i < WORDS; i++) {
+        at[i] = shift_right(at[i], at[i + 1], shift);
+      }
+      at[WORDS] = 0;
+    }
+  }
+
+  // Codes 4c to 4c + 3 in the low bits.
+  uint four(int c) const {
+    int bit = 4 * BITS * c, word = bit / 32, shift = bit % 32;
+    return shift + 4 * BITS <= 32 ? at[word] >> shift : shift_right(at[word], at[word + 1], uint(shift));
+  }
+};
+
+struct Pairs {
+  uint first, second;
+
+  Pairs times(uint scales) const {
+    return Pairs{multiply_pairs(first, scales), multiply_pairs(second, scales)};
+  }
+};
+
+// The halves of four codes of an even grid from -1 to 1, short of its last step's 1 + 1 / 255.
+inline Pairs even_values(uint codes) {
+  Pairs values;
+  for (int i = 0; i < 2; i++) {
+    uint one = (codes >> (16 * i)) & 255u, two = (codes >> (16 * i + 8)) & 255u;
+    uint pair = pack_halves((float(one) - 127.5f) * (1.0f / 128), (float(two) - 127.5f) * (1.0f / 128));
+    if (i == 0) {
+      values.first = pair;
+    } else {
+      values.second = pair;
+    }
+  }
+  return values;
+}
+
+// What a scale is multiplied by, so that `even_values` times it are the codebook's.
+template <int BITS>
+inline float scale_factor() {
+  return BITS == 8 ? 256.0f / 255 : 1.0f;
+}
+
+// Four codes in the low bits as halves; table as `load_table` gives it, in the order of the codes (see `TokenTable`).
+template <int BITS, bool NVIDIA>
+struct TokenDecoder {
+  static uint one(uint code, const thread Table& table) {
+    constexpr uint MIDDLE = 1u << (BITS - 1);
+    bool negative = code < MIDDLE;
+    return value_of<BITS>(negative ? MIDDLE - 1 - code : code - MIDDLE, negative, table);
+  }
+
+  static Pairs decode(uint codes, const thread Table& table) {
+    if (BITS == 8) {
+      return even_values(codes);
+    }
+    constexpr uint MASK = (1u << BITS) - 1;
+    return Pairs{
+        one(codes & MASK, table) | (one((codes >> BITS) & MASK, table) << 16),
+        one((codes >> (2 * BITS)) & MASK, table) | (one((codes >> (3 * BITS)) & MASK, table) << 16)};
+  }
+};
+
+#ifdef NVIDIA_INSTRUCTIONS
+// Each code to the low bits of a nibble of its own.
+template <int BITS>
+inline uint spread(uint codes) {
+  if (BITS == 2) {
+    uint bytes = (codes & 0xfu) | ((codes & 0xf0u) << 4);
+    return (bytes & 0x0303u) | ((bytes & 0x0c0cu) << 2);
+  }
+  if (BITS == 3) {
+    uint bytes = (codes & 0x3fu) | ((codes & 0xfc0u) << 2);
+    return (bytes & 0x0707u) | ((bytes & 0x3838u) << 1);
+  }
+  return codes & 0xffffu;
+}
+
+// By byte permutation: the values' low bytes, their high bytes, and the two interleaved. The table of 4 bits has the
+// negative magnitudes, whose signs the upper half of the codes turns.
+template <int BITS>
+struct TokenDecoder<BITS, true> {
+  static Pairs decode(uint codes, const thread Table& table) {
+    if (BITS == 8) {
+      uint first = add_pairs(byte_permute(codes, 0x64646464u, 0x4140u), 0xe400e400u);
+      uint second = add_pairs(byte_permute(codes, 0x64646464u, 0x4342u), 0xe400e400u);
+      Pairs steps = Pairs{add_pairs(first, 0xd7f8d7f8u), add_pairs(second, 0xd7f8d7f8u)};
+      return steps.times(0x20002000u);
+    }
+    uint selector = spread<BITS>(codes), turned = 0;
+    if (BITS == 4) {
+      uint upper = selector & 0x8888u;
+      selector = (selector ^ ((upper >> 3) ^ 0x1111u) * 7u) & 0x7777u;
+      turned = (byte_permute(0x80u, 0, upper) << 1) & 0x80808080u;
+    }
+    uint low_bytes = byte_permute(table.low[0], table.low[1], selector);
+    uint high_bytes = byte_permute(table.high[0], table.high[1], selector) ^ turned;
+    return Pairs{byte_permute(low_bytes, high_bytes, 0x5140u), byte_permute(low_bytes, high_bytes, 0x7362u)};
+  }
+};
+#endif
+
+// A lane's run of one head of a token, its codes and where its scales are.
+template <int BITS, int GROUP, int SIZE, int RUNS>
+struct TokenRun {
+  static constexpr int COUNT = SIZE / RUNS, WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
+  static constexpr bool ONE_SCALE = GROUP % COUNT == 0;
+  Stream<BITS, COUNT> codes;
+  Device<const half> scales;
+  uint which, scale;
+
+  TokenRun(Device<const uint> all, Device<const half> all_scales, uint token, uint run)
+      : scales(all_scales + token * GROUPS), which(run), scale(0) {
+    codes.load(all + token * WORDS, run, WORDS);
+    scale = scale_of(0);
+  }
+
+  uint scale_of(int c) const {
+    float factor = static_cast<float>(scales[(which * COUNT + 4 * c) / GROUP]) * scale_factor<BITS>();
+    return pack_halves(factor, factor);
+  }
+
+  // Values 4c to 4c + 3.
+  template <bool NVIDIA>
+  Pairs values(int c, const thread Table& table) const {
+    return TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), table).times(ONE_SCALE ? scale : scale_of(c));
+  }
+};
+
+} // namespace turboquant

@@ -1,0 +1,102 @@
+"""The Metal bodies of attention and of packing keys and values, run on an emulated GPU, against the reference."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from metal_kernels import CacheCode, pack_cache, packed_attention, reference, use_backend
+from metal_kernels.gpu import attention as gpu
+from metal_kernels.gpu.products import Gpu
+from quant_engine.kv_cache import cache_code
+from tests.metal_kernels.test_gpu_kernels import on_machine
+
+CODES = [(8, 128, 0), (4, 64, 64), (3, 128, 64), (2, 96, 32), (2, 80, 0), (4, 192, 64), (2, 256, 128)]
+
+
+def head_code(code: CacheCode) -> gpu.HeadCode:
+    return gpu.HeadCode.of(code.codebook, code.group_size or code.size, code.signs, code.block, code.size)
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_packing_gives_what_the_reference_gives(tmp_path: Path, dtype: mx.Dtype) -> None:
+    codes = [cache_code(size, bits, group, 1) for bits, size, group in CODES]
+    inputs = [normal(1, 2, 3, code.size).astype(dtype) for code in codes]
+    found = on_machine(
+        tmp_path, lambda: [a for x, c in zip(inputs, codes, strict=True) for a in gpu.pack(x, head_code(c))]
+    )
+    for i, (x, code) in enumerate(zip(inputs, codes, strict=True)):
+        with use_backend("reference"):
+            packed, scales = pack_cache(x, code)
+        assert mx.allclose(found[2 * i + 1], scales, rtol=2e-3, atol=0), CODES[i]
+        ours = reference.dequantize(found[2 * i], found[2 * i + 1], code.codebook)
+        theirs = reference.dequantize(packed, scales, code.codebook)
+        # A value between two codes may go to either.
+        assert (mx.abs(ours - theirs) > 0.01).mean() < 5e-3, CODES[i]
+
+
+CASES = {
+    "one query": (1, 8, 2, 1, 150, "none"),
+    "queries in order": (1, 4, 2, 5, 70, "causal"),
+    "left padding": (2, 2, 1, 1, 40, "padding"),
+    "a bias for each head": (1, 4, 2, 2, 33, "bias"),
+    "sinks": (1, 6, 2, 1, 20, "sinks"),
+}
+PAIRS = [
+    ((8, 128, 64), (4, 128, 64)),
+    ((3, 64, 64), (3, 64, 64)),
+    ((3, 192, 64), (2, 128, 32)),
+    ((4, 80, 0), (4, 80, 0)),
+]
+
+
+@pytest.mark.parametrize("machine", ["metal", "cuda"])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_attention_gives_what_the_reference_gives(
+    tmp_path: Path,
+    machine: Gpu,
+    pair: tuple[tuple[int, int, int], tuple[int, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "THREADGROUPS", 6)
+    of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
+    prepared = {name: _case(case, of_keys, of_values) for name, case in CASES.items()}
+
+    def run() -> list[mx.array]:
+        return [
+            gpu.attend(q, k, v, (head_code(of_keys), head_code(of_values)), gpu=machine, **options)
+            for q, k, v, options in prepared.values()
+        ]
+
+    for (name, (q, k, v, options)), y in zip(prepared.items(), on_machine(tmp_path, run), strict=True):
+        mask = "causal" if options["causal"] else options["bias"]
+        with use_backend("reference"):
+            expected = packed_attention(
+                q, k, v, of_keys, of_values, length=options["length"], scale=options["scale"], mask=mask,
+                sinks=options["sinks"],
+            )  # fmt: skip
+        assert y.shape == expected.shape
+        assert mx.abs(y - expected).max() < 2e-3 * mx.abs(expected).max(), name
+
+
+def _case(case: tuple[int, int, int, int, int, str], of_keys: CacheCode, of_values: CacheCode):
+    batch, heads, kv_heads, rows, length, kind = case
+    with use_backend("reference"):
+        k, v = (
+            pack_cache(normal(batch, kv_heads, length + 9, c.size, seed=i), c)
+            for i, c in enumerate((of_keys, of_values))
+        )
+    bias = None
+    if kind == "padding":
+        bias = mx.where(mx.arange(length) >= mx.array([[13], [0]])[:, None, None], 0.0, -mx.inf)
+    if kind == "bias":
+        bias = normal(1, heads, rows, length, seed=4)
+    options = {
+        "length": length, "scale": of_keys.size**-0.5, "causal": kind == "causal", "bias": bias,
+        "sinks": normal(heads, seed=5) if kind == "sinks" else None,
+    }  # fmt: skip
+    return normal(batch, heads, rows, of_keys.size, seed=3), k, v, options
