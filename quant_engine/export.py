@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from quant_engine import mlx_lm_adapter as adapter
+from quant_engine import turboquant_mlx
 from quant_engine.blueprint import DTYPES, MAX_SHARD_BYTES
 from quant_engine.convert import Meter, cast_piece, extra_files
 from quant_engine.errors import OutputError, RecipeError, UnsupportedModelError
@@ -157,6 +158,11 @@ def _is_packed(name: str, modules: Mapping[str, ModuleEntry]) -> bool:
 
 def _draw(source: Source, packing: Packing | None, dtype: str, max_shard_bytes: int) -> _Drawing:
     manifest = Manifest.from_config(source.config)
+    if turboquant_mlx.block_of(source.config) is not None:
+        raise UnsupportedModelError(
+            f"{source.name} was made by turboquant-mlx; it can be run here and not exported: convert "
+            "the original model with tq-mcp convert, and export that"
+        )
     if manifest is None:
         raise UnsupportedModelError(
             f"{source.name} was not converted by TurboQuant, so there is nothing to export; give a model that "

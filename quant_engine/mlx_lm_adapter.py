@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
-from quant_engine.errors import UnsupportedModelError
+from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -135,6 +135,27 @@ def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Li
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of mixtures of experts, one module for all experts, by their dotted path."""
     return linear_modules(model, (SwitchLinear,))
+
+
+def quantize_as_stored(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    """Make modules those of MLX's affine quantization where `tensors` hold them so, as their shapes tell.
+
+    Raises CorruptCheckpointError for shapes that no affine quantization has.
+    """
+
+    def stated(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.biases" not in tensors:
+            return False
+        width = cast(mx.array, module["weight"]).shape[-1]
+        words, groups = tensors[f"{path}.weight"].shape[-1], tensors[f"{path}.scales"].shape[-1]
+        if words * 32 % width or not groups or width % groups:
+            raise CorruptCheckpointError(
+                f"layer {path} has {words} words and {groups} scales for {width} values, which is no quantization of "
+                "MLX; download the model again, whole"
+            )
+        return {"bits": words * 32 // width, "group_size": width // groups}
+
+    nn.quantize(model, class_predicate=stated)
 
 
 def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
