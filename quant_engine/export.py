@@ -17,6 +17,7 @@ from quant_engine.convert import Meter, cast_piece, extra_files
 from quant_engine.errors import OutputError, RecipeError, UnsupportedModelError
 from quant_engine.journal import OutputFile
 from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.mlx_lm_config import readable
 from quant_engine.model_card import export_card, licence
 from quant_engine.output_folder import atomic_folder
 from quant_engine.parameters import Packing
@@ -296,7 +297,7 @@ def _write_rest(folder: Path, name: str, source: Source, drawn: _Drawing, form: 
 def _config(original: Mapping[str, Any], drawn: _Drawing) -> dict[str, Any]:
     """The config that plain mlx-lm reads: without TurboQuant's block and without that of an original's quantization."""
     dtypes = {file: name for name, file in DTYPES.items()}
-    config = _float_config(adapter.readable(original), dtypes[drawn.dtype])
+    config = _float_config(readable(original), dtypes[drawn.dtype])
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _float_config(config["text_config"], dtypes[drawn.dtype])
     if drawn.packing:
