@@ -39,6 +39,10 @@ MIXTURES = {
     "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe",
     "qwen3_5_moe_split", "qwen3_moe", "qwen3_next",
 }  # fmt: skip
+RESHAPED = {
+    "deepseek_v3", "gpt_oss", "lfm2", "llama4", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_split", "qwen3_next",
+}  # fmt: skip
+"""Published in other names or shapes than mlx-lm has, which an export keeps, so that transformers does not read it."""
 
 
 class Made(NamedTuple):
@@ -138,7 +142,7 @@ def test_greedy_generation_is_the_same_with_and_without_a_cache(made: Made) -> N
     assert tokens[len(TOKENS) :] == cached
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("name", sorted({*NAMES} - RESHAPED))
 def test_transformers_computes_the_same_from_the_weights_written_back(name: str, tmp_path: Path) -> None:
     torch: Any = pytest.importorskip("torch")
     transformers: Any = pytest.importorskip("transformers")
