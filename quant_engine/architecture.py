@@ -39,18 +39,14 @@ class Architecture:
         if wrong:
             raise CorruptCheckpointError(
                 f"the weights are not those of the model in config.json: {'; '.join(wrong[:3])}; "
-                "download the model again, whole"
+                "download the model again, whole. If it is whole, mlx-lm has another model by that name, and this one "
+                "can be neither converted nor run"
             )
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config. Raises UnsupportedModelError where mlx-lm has no model for it."""
-    try:
-        model = adapter.build(config)
-    except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CorruptCheckpointError(
-            f"config.json does not describe a {config.get('model_type')} model: {error}; download it again"
-        ) from error
+    """The architecture of a config. Raises as `mlx_lm_adapter.build` does."""
+    model = adapter.build(config)
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     return Architecture(
         shapes,

@@ -14,7 +14,6 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.loader import load_source, load_tokenizer
-from quant_engine.manifest import Manifest
 from quant_engine.perplexity import Estimate, difference, perplexity, windows
 from quant_engine.policy import Policy
 from quant_engine.progress import Progress, silent
@@ -22,7 +21,7 @@ from quant_engine.prompt import check_context
 from quant_engine.score import Score, logits_array, score
 from quant_engine.source import Source, resolve
 from quant_engine.text import Text
-from quant_engine.variants import FloatModel, Method, Recipe, Variant, converted
+from quant_engine.variants import FloatModel, Method, Recipe, Variant, converted, is_converted
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,13 @@ def evaluate(
     says what to change.
     """
     source = resolve(ref, revision=revision, progress=progress)
-    manifest = Manifest.from_config(source.config)
     cut = windows(load_tokenizer(source), text, seq_len, num_samples)
-    if manifest is None:
+    if not is_converted(source.config):
         recipes = float_recipes(bits, group_size, affine, qjl)
         variants, steps = _of_float(source, recipes, cut, progress)
     else:
         origin = None if reference is None else resolve(reference, progress=progress)
-        variants, steps = _of_converted(source, manifest, origin, affine, cut, progress)
+        variants, steps = _of_converted(source, origin, affine, cut, progress)
     scores, paths = _run(variants, cut, steps)
     return _report(source.name, text, cut, variants, scores, paths)
 
@@ -151,21 +149,15 @@ def _of_float(
 
 
 def _of_converted(
-    source: Source,
-    manifest: Manifest,
-    origin: Source | None,
-    affine: bool,
-    cut: NDArray[np.int32],
-    progress: Progress,
+    source: Source, origin: Source | None, affine: bool, cut: NDArray[np.int32], progress: Progress
 ) -> tuple[list[Variant], Steps]:
     model = load_source(source, fuse=False)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
-    own = converted(model, manifest, source.size_bytes)
+    own, recipe = converted(model, source)
     if origin is None:
         return [own], Steps(progress, len(cut))
-    if Manifest.from_config(origin.config) is not None:
+    if is_converted(origin.config):
         raise InputError(f"the reference {origin.name!r} is converted itself; give the float model it was made from")
-    recipe = manifest.config
     recipes = [Recipe("affine", recipe)] if affine and recipe.group_size else []
     variants, steps = _of_float(origin, recipes, cut, progress)
     return [*variants, own], steps

@@ -30,6 +30,12 @@ class ExpertsLinear(nn.Module):
         """Bytes of all experts' weights in their file's form."""
         return self._experts.nbytes
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, out, in)."""
+        experts, rows, width = self._experts.shape
+        return experts, rows, width
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = expert_matmul(x, self._experts, indices, sorted_indices)
         return y + mx.expand_dims(self.bias[indices], -2).astype(y.dtype) if "bias" in self else y

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from quant_engine import mlx_lm_adapter as adapter
+from quant_engine import turboquant_mlx
 from quant_engine.blueprint import DTYPES, MAX_SHARD_BYTES
 from quant_engine.convert import Meter, cast_piece, extra_files
 from quant_engine.errors import OutputError, RecipeError, UnsupportedModelError
 from quant_engine.journal import OutputFile
 from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.mlx_lm_config import readable
 from quant_engine.model_card import export_card, licence
 from quant_engine.output_folder import atomic_folder
 from quant_engine.parameters import Packing
@@ -157,6 +159,11 @@ def _is_packed(name: str, modules: Mapping[str, ModuleEntry]) -> bool:
 
 def _draw(source: Source, packing: Packing | None, dtype: str, max_shard_bytes: int) -> _Drawing:
     manifest = Manifest.from_config(source.config)
+    if turboquant_mlx.block_of(source.config) is not None:
+        raise UnsupportedModelError(
+            f"{source.name} was made by turboquant-mlx; it can be run here and not exported: convert "
+            "the original model with tq-mcp convert, and export that"
+        )
     if manifest is None:
         raise UnsupportedModelError(
             f"{source.name} was not converted by TurboQuant, so there is nothing to export; give a model that "
@@ -290,7 +297,7 @@ def _write_rest(folder: Path, name: str, source: Source, drawn: _Drawing, form: 
 def _config(original: Mapping[str, Any], drawn: _Drawing) -> dict[str, Any]:
     """The config that plain mlx-lm reads: without TurboQuant's block and without that of an original's quantization."""
     dtypes = {file: name for name, file in DTYPES.items()}
-    config = _float_config(adapter.readable(original), dtypes[drawn.dtype])
+    config = _float_config(readable(original), dtypes[drawn.dtype])
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _float_config(config["text_config"], dtypes[drawn.dtype])
     if drawn.packing:

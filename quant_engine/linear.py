@@ -1,12 +1,13 @@
 """Linear layers over the weights of `metal_kernels`: TurboQuant, dense and affine."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from metal_kernels import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul
-from quant_engine import residual, rotation
+from quant_engine import rotation
 from quant_engine.quantizer import QuantizedWeight
 
 
@@ -69,12 +70,23 @@ class AffineLinear(FastLinear):
         return cls(AffineWeight(packed, scales, biases, bits, group_size), bias)
 
 
+class Correction(Protocol):
+    """What QJL adds to a product, estimated from signs and norms of the rounding errors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of signs and norms."""
+        ...
+
+    def apply(self, x: mx.array) -> mx.array:
+        """For inputs x (..., in), not rotated: (..., out) in x's dtype."""
+        ...
+
+
 class TurboQuantLinear(FastLinear):
     """A linear layer with rotated, codebook-quantized weights (TurboQuant, arXiv 2504.19874, algorithm 1)."""
 
-    def __init__(
-        self, weight: PackedWeight, bias: mx.array | None = None, qjl: residual.Residual | None = None
-    ) -> None:
+    def __init__(self, weight: PackedWeight, bias: mx.array | None = None, qjl: Correction | None = None) -> None:
         super().__init__(weight, bias)
         self._qjl = qjl
 

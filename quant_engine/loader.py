@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 import metal_kernels
 from metal_kernels import AffineWeight, DenseWeight
 from quant_engine import mlx_lm_adapter as adapter
-from quant_engine import residual
+from quant_engine import residual, turboquant_mlx
 from quant_engine.errors import RecipeError
 from quant_engine.experts import DenseExperts, TurboQuantExperts
 from quant_engine.fast_layers import fuse_feed_forward, use_fast_norms
@@ -24,6 +24,7 @@ from quant_engine.linear import (
     packed_weight,
 )
 from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.parameters import sanitized
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight
 from quant_engine.shared_input import Branch, branches, stack_biases
@@ -60,14 +61,16 @@ def load_tokenizer(source: Source, settings: Mapping[str, Any] | None = None) ->
 
 def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) -> nn.Module:
     """As `load`, for a source that was resolved already; the model only."""
-    manifest = Manifest.from_config(source.config)
+    manifest, foreign = Manifest.from_config(source.config), turboquant_mlx.block_of(source.config)
     on_cpu = metal_kernels.device() == "cpu"
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
     active = chosen or file_dtype(source.config)
-    if manifest is None:
-        model = adapter.load_float(source.path, source.config)
+    if manifest is not None:
+        model = assemble(source.config, manifest, _read(source), active, fuse)
+    elif foreign is not None:
+        model = _load_turboquant_mlx(source, foreign)
     else:
-        model = _load_converted(source, manifest, active, fuse)
+        model = adapter.load_float(source.path, source.config)
     if on_cpu:
         _use_cpu_layers(model, active, fuse)
     if fuse:
@@ -121,11 +124,36 @@ def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
     use_fast_norms(model)
 
 
-def _load_converted(source: Source, manifest: Manifest, dtype: mx.Dtype, fuse: bool) -> nn.Module:
+def _read(source: Source) -> dict[str, mx.array]:
+    """All tensors, not read yet."""
     tensors: dict[str, mx.array] = {}
     for shard in source.shards:
         tensors |= cast(dict[str, mx.array], mx.load(str(shard)))
+    return tensors
+
+
+def _load_turboquant_mlx(source: Source, block: Mapping[str, Any]) -> nn.Module:
+    used = {n: a for n, a in _read(source).items() if not n.startswith(turboquant_mlx.SPECULATOR)}
+    tensors = sanitized(source.config, used)
     model = adapter.build(source.config)
+    found = adapter.linear_modules(model) | adapter.expert_modules(model)
+    shapes = {path: cast(mx.array, module["weight"]).shape for path, module in found.items()}
+    layers = turboquant_mlx.take_layers(block, shapes, tensors)
+    adapter.replace_modules(model, dict.fromkeys(layers, nn.Identity()))
+    adapter.quantize_as_stored(model, tensors)
+    adapter.set_parameters(model, tensors)
+    adapter.replace_modules(model, layers)
+    return model
+
+
+def assemble(
+    config: Mapping[str, Any], manifest: Manifest, tensors: dict[str, mx.array], dtype: mx.Dtype, fuse: bool
+) -> nn.Module:
+    """A converted model of its config.json and its tensors by name, which are taken out of the mapping.
+
+    dtype: of the activations; fuse: layers that share an input are computed together.
+    """
+    model = adapter.build(config)
     embeddings = adapter.linear_modules(model, (nn.Embedding,))
     layers: dict[str, nn.Module] = {}
     for group in adapter.shared_inputs(manifest.modules) if fuse else []:

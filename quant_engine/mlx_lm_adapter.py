@@ -1,8 +1,10 @@
 """All that this project knows of mlx-lm's insides: its models' modules, attention call and loading."""
 
 import importlib
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol, cast
@@ -16,11 +18,17 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
-from quant_engine.errors import UnsupportedModelError
+from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
+from quant_engine.mlx_lm_config import readable
 from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that read the same input, in the models mlx-lm has."""
+
+
+Weights = dict[str, mx.array]
+
+_ONE_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.((?:gate|up|down)_proj\.\w+)")
 
 
 class Attends(Protocol):
@@ -41,42 +49,86 @@ def supports(config: Mapping[str, Any]) -> bool:
 
 
 def load_float(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    """mlx-lm's model of a folder in the precision of its file, weights not read yet."""
-    model, _ = load_model(path, lazy=True, model_config=readable(config))
-    _exact_yarn(model, readable(config))
+    """mlx-lm's model of a folder in the precision of its file, weights not read yet. Raises as `build` does."""
+    known = readable(config)
+    with _explained(known):
+        model, _ = load_model(path, lazy=True, model_config=known, get_model_classes=_stacking_classes)
+    del model.sanitize  # that of its class stays; ours refers back to the model, which would keep its memory
+    _exact_yarn(model, known)
     return model
-
-
-def readable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the names that mlx-lm reads beside those that transformers 5 writes."""
-    known = dict(config)
-    rope: Any = known.get("rope_parameters")
-    if isinstance(rope, dict):
-        named = cast(dict[str, Any], rope)
-        if "rope_theta" in named:
-            known.setdefault("rope_theta", named["rope_theta"])
-        if named.get("rope_type", "default") != "default":
-            known.setdefault("rope_scaling", named)
-    if "num_local_experts" in known:
-        known.setdefault("num_experts", known["num_local_experts"])
-    if isinstance(known.get("text_config"), dict):
-        known["text_config"] = readable(known["text_config"])
-    return known
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """mlx-lm's model of a config, with weights yet to be set. Raises UnsupportedModelError where it has none."""
-    if not supports(config):
-        raise UnsupportedModelError(
-            f"model_type {config.get('model_type')!r} is none that mlx-lm has a model for, so it can be neither "
-            "converted nor run; give a language model in safetensors, or update mlx-lm"
-        )
+    """mlx-lm's model of a config, with weights yet to be set.
+
+    Raises UnsupportedModelError where it has none, CorruptCheckpointError where the config does not describe one.
+    """
     known = readable(config)
-    model_class, args_class = _get_classes(config=known)
-    model = cast(nn.Module, model_class(args_class.from_dict(known)))
+    model = _new(known)
     model.eval()
+    _tie(model, known)
     _exact_yarn(model, known)
     return model
+
+
+@contextmanager
+def _explained(config: Mapping[str, Any]) -> Generator[None]:
+    """Turn what mlx-lm raises for a config that it cannot use into errors that tell what to do."""
+    model_type = config.get("model_type")
+    if not supports(config):
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is none that mlx-lm has a model for, so it can be neither "
+            "converted nor run; give a language model in safetensors, or update mlx-lm"
+        )
+    try:
+        yield
+    except (TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CorruptCheckpointError(
+            f"config.json does not describe a {model_type} model as mlx-lm has it: {error}; download it again, or, if "
+            "it is whole, update mlx-lm"
+        ) from error
+
+
+def _new(known: Mapping[str, Any]) -> nn.Module:
+    with _explained(known):
+        model_class, args_class = _get_classes(config=dict(known))
+        return cast(nn.Module, model_class(args_class.from_dict(known)))
+
+
+def _stacking_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """As mlx-lm's function of this kind: what makes the model, here one whose `sanitize` stacks experts too."""
+    model_class, args_class = _get_classes(config=config)
+
+    def make(args: Any) -> nn.Module:
+        model: Any = model_class(args)
+        own = _sanitizer(model)
+
+        def sanitize(weights: Weights) -> Weights:
+            return _stacked(own(weights))
+
+        model.sanitize = sanitize
+        return model
+
+    return make, args_class
+
+
+def _sanitizer(model: nn.Module) -> Callable[[Weights], Weights]:
+    """A model's `sanitize`, or what leaves weights as they are."""
+
+    def unchanged(weights: Weights) -> Weights:
+        return weights
+
+    return cast(Any, getattr(model, "sanitize", unchanged))
+
+
+def _tie(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Take the output projection from a model of tied embeddings whose class waits for the weights' names to do so."""
+    inner = cast(nn.Module, getattr(model, "language_model", model))
+    text = cast(Mapping[str, Any], config.get("text_config") or {})
+    sanitize = vars(type(inner)).get("sanitize")
+    decides = "lm_head" in inner and isinstance(sanitize, FunctionType) and "lm_head" in sanitize.__code__.co_consts
+    if decides and config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)):
+        cast(Any, inner).sanitize({})
 
 
 def _exact_yarn(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -91,8 +143,17 @@ def _exact_yarn(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 def sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A checkpoint's tensors as the parameters of mlx-lm's model of a config; lazy, as far as the arrays are."""
-    model: Any = build(config)
-    return model.sanitize(dict(weights)) if hasattr(model, "sanitize") else dict(weights)
+    return _stacked(_sanitizer(_new(readable(config)))(dict(weights)))
+
+
+def _stacked(weights: Weights) -> Weights:
+    """Weights in which experts that mlx-lm left one by one are those of one module for all."""
+    experts: dict[str, dict[int, mx.array]] = {}
+    for name in list(weights):
+        if found := _ONE_EXPERT.fullmatch(name):
+            path, number, part = found.groups()
+            experts.setdefault(f"{path}.switch_mlp.{part}", {})[int(number)] = weights.pop(name)
+    return weights | {name: mx.stack([each[e] for e in sorted(each)]) for name, each in experts.items()}
 
 
 def may_cast(config: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -135,6 +196,27 @@ def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Li
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of mixtures of experts, one module for all experts, by their dotted path."""
     return linear_modules(model, (SwitchLinear,))
+
+
+def quantize_as_stored(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    """Make modules those of MLX's affine quantization where `tensors` hold them so, as their shapes tell.
+
+    Raises CorruptCheckpointError for shapes that no affine quantization has.
+    """
+
+    def stated(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.biases" not in tensors:
+            return False
+        width = cast(mx.array, module["weight"]).shape[-1]
+        words, groups = tensors[f"{path}.weight"].shape[-1], tensors[f"{path}.scales"].shape[-1]
+        if words * 32 % width or not groups or width % groups:
+            raise CorruptCheckpointError(
+                f"layer {path} has {words} words and {groups} scales for {width} values, which is no quantization of "
+                "MLX; download the model again, whole"
+            )
+        return {"bits": words * 32 // width, "group_size": width // groups}
+
+    nn.quantize(model, class_predicate=stated)
 
 
 def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:

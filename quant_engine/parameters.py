@@ -115,7 +115,7 @@ class Parameters(Mapping[str, Parameter]):
         packing = Packing.of(config)
         blanks = {name: mx.zeros(info.shape, _computing(info)) for name, info in tensors.items()}
         origins = {id(blank): tensors[name] for name, blank in blanks.items()}
-        made = _sanitize(config, blanks)
+        made = sanitized(config, blanks)
         handed_on = {origins[id(array)].name for array in made.values() if id(array) in origins}
         self.unused = self._unused(blanks, set(made), set(tensors) - handed_on)
         self._parameters: dict[str, Parameter] = {}
@@ -191,7 +191,7 @@ class Parameters(Mapping[str, Parameter]):
             loaded |= cast(dict[str, mx.array], mx.load(str(path)))
         loaded = {name: array.astype(_computing(self._tensors[name])) for name, array in loaded.items()}
         read = {p.name for p in self._parameters.values() if p.stored and p.packing is None}
-        return {name: array for name, array in _sanitize(self._config, loaded).items() if name not in read}
+        return {name: array for name, array in sanitized(self._config, loaded).items() if name not in read}
 
     def _unused(self, blanks: Mapping[str, mx.array], made: set[str], doubtful: set[str]) -> set[str]:
         """Those of `doubtful` without which mlx-lm makes the same parameters, tried kind by kind (numbers aside)."""
@@ -202,7 +202,7 @@ class Parameters(Mapping[str, Parameter]):
 
     def _makes(self, blanks: Mapping[str, mx.array], without: set[str]) -> set[str]:
         try:
-            return set(_sanitize(self._config, {n: b for n, b in blanks.items() if n not in without}))
+            return set(sanitized(self._config, {n: b for n, b in blanks.items() if n not in without}))
         except CorruptCheckpointError:
             return set()
 
@@ -219,7 +219,11 @@ def _packed(name: str, weight: mx.array, scales: mx.array, biases: mx.array | No
     return Parameter(name, dtype, shape, None, packing, nbytes)
 
 
-def _sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def sanitized(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A checkpoint's tensors as mlx-lm's model of a config names and shapes them.
+
+    Raises CorruptCheckpointError where tensors are missing that mlx-lm needs, or do not fit.
+    """
     try:
         return adapter.sanitize(config, weights)
     except KeyError as error:

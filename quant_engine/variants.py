@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from quant_engine import mlx_lm_adapter as adapter
+from quant_engine import turboquant_mlx
 from quant_engine.blueprint import packed_tensors
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
@@ -17,6 +18,7 @@ from quant_engine.linear import AffineLinear, DenseLinear, TurboQuantLinear
 from quant_engine.manifest import Manifest
 from quant_engine.policy import Policy
 from quant_engine.quantizer import quantize_weight
+from quant_engine.source import Source
 
 Method = Literal["float", "affine", "turboquant", "turboquant+qjl"]
 
@@ -129,10 +131,24 @@ def bias_of(layer: nn.Module) -> mx.array | None:
     return cast(mx.array | None, layer.get("bias"))
 
 
-def converted(model: nn.Module, manifest: Manifest, size_bytes: int) -> Variant:
-    """A converted model as it is; load it with `fuse=False`."""
-    stored = sum(spec.nbytes for path, entry in manifest.modules.items() for spec in packed_tensors(path, entry))
-    weights = sum(math.prod(entry.shape) for entry in manifest.modules.values())
-    method: Method = "turboquant+qjl" if manifest.config.use_qjl else "turboquant"
-    recipe = manifest.config
-    return Variant(method, recipe.bits, recipe.group_size, 8 * stored / weights, size_bytes, model, {})
+def is_converted(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model that this project or turboquant-mlx converted."""
+    return Manifest.from_config(config) is not None or turboquant_mlx.block_of(config) is not None
+
+
+def converted(model: nn.Module, source: Source) -> tuple[Variant, QuantConfig]:
+    """A converted model as it is, loaded with `fuse=False`, and the recipe that it was made by."""
+    manifest = Manifest.from_config(source.config)
+    if manifest is not None:
+        recipe = manifest.config
+        shapes = {path: entry.shape for path, entry in manifest.modules.items()}
+        stored = sum(spec.nbytes for path, entry in manifest.modules.items() for spec in packed_tensors(path, entry))
+    else:
+        recipe = turboquant_mlx.recipe_of(source.config)
+        layers = adapter.linear_modules(model, (TurboQuantLinear, ExpertsLinear))
+        shapes = {path: cast(TurboQuantLinear | ExpertsLinear, layer).shape for path, layer in layers.items()}
+        packed = {f"{path}.{part}" for path in layers for part in turboquant_mlx.PARTS}
+        stored = sum(info.nbytes for name, info in source.tensors.items() if name in packed)
+    method: Method = "turboquant+qjl" if recipe.use_qjl else "turboquant"
+    bits = 8 * stored / sum(map(math.prod, shapes.values()))
+    return Variant(method, recipe.bits, recipe.group_size, bits, source.size_bytes, model, {}), recipe

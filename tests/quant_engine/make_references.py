@@ -1,11 +1,12 @@
 """Write `references/`: outlines of small checkpoints as transformers saves them, and the logits it computes.
 
-    python -m tests.quant_engine.make_references
+    python -m tests.quant_engine.make_references [NAME ...]
 
-Needs torch and transformers. Run it when an architecture is added; the tests only read what it wrote.
+Needs torch and transformers. Run it for an architecture that is added; the tests only read what it wrote.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "head_dim": 32, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+"""DeepSeek's attention and experts."""
+TWO_ROTATIONS = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
+SMALL_VISION = {
+    "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+}  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+FUSED = ("qwen3_5_moe",)
+"""Published with the experts of a layer in one tensor, where transformers' own `save_pretrained` writes each alone."""
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SMALL),
@@ -61,6 +79,58 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": VISION, "tie_word_embeddings": False,
         },
     ),
+    "qwen3_5_moe_split": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": SMALL | HYBRID | MIXTURE | {"shared_expert_intermediate_size": 32},
+            "vision_config": VISION, "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        SMALL | HYBRID | MIXTURE | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+    "glm4": ("Glm4ForCausalLM", SMALL),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        SMALL | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                 "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+    ),
+    "gemma2": ("Gemma2ForCausalLM", SMALL | TIED | {"query_pre_attn_scalar": 32}),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        SMALL | TIED | {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 32,
+                        "rope_parameters": TWO_ROTATIONS},
+    ),
+    "phi3": ("Phi3ForCausalLM", SMALL | NARROW | {"sliding_window": None}),
+    "olmo2": ("Olmo2ForCausalLM", SMALL | NARROW),
+    "olmoe": ("OlmoeForCausalLM", SMALL | NARROW | MIXTURE),
+    "starcoder2": ("Starcoder2ForCausalLM", SMALL | NARROW | {"sliding_window": None}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        SMALL | NARROW | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        SMALL | NARROW | {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22,
+                          "logits_scaling": 8.0},
+    ),
+    "cohere2": ("Cohere2ForCausalLM", SMALL | NARROW | TIED | {"sliding_window": 8, "sliding_window_pattern": 2}),
+    "smollm3": ("SmolLM3ForCausalLM", SMALL | NARROW | {"num_hidden_layers": 4}),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        SMALL | NARROW | TIED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", SMALL | LATENT | {"q_lora_rank": 32, "routed_scaling_factor": 2.5}),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": SMALL
+            | {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
+               "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "no_rope_layers": [1, 1, 1, 0]},
+            "vision_config": SMALL_VISION,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -69,7 +139,7 @@ def write_outline(name: str, folder: Path) -> None:
     class_name, settings = ARCHITECTURES[name]
     kind = getattr(transformers, class_name)
     model = kind(kind.config_class(**settings)).to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="300KB")
+    model.save_pretrained(folder, max_shard_size="300KB", save_original_format=name not in FUSED)
     config = json.loads((folder / "config.json").read_text())
     files: dict[str, dict[str, tuple[str, list[int]]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -77,8 +147,6 @@ def write_outline(name: str, folder: Path) -> None:
         files[path.name] = {n: ("BF16", list(tensors[n].shape)) for n in sorted(tensors)}
     if name == "gpt_oss":
         files, config = _as_mxfp4(files), config | {"quantization_config": _MXFP4}
-    if name == "qwen3_5_moe":
-        files = _fused(files)
     REFERENCES.mkdir(exist_ok=True)
     (REFERENCES / f"{name}.json").write_text(json.dumps({"config": config, "files": files}) + "\n")
 
@@ -106,23 +174,6 @@ def _as_mxfp4(files: dict[str, Any]) -> dict[str, Any]:
                 made[file][f"{name}_scales"] = ("U8", [experts, out, width // 32])
             else:
                 made[file][name] = (dtype, shape)
-    return made
-
-
-def _fused(files: dict[str, Any]) -> dict[str, Any]:
-    """Experts as the published model has them: one tensor (experts, 2 * inner, width), one (experts, width, inner)."""
-    made: dict[str, Any] = {}
-    for file, tensors in files.items():
-        made[file] = {}
-        for name, (dtype, (out, width, *_)) in ((n, (d, (*s, 0, 0))) for n, (d, s) in tensors.items()):
-            layer, split, rest = name.partition(".mlp.experts.")
-            expert, _, part = rest.partition(".")
-            if not split:
-                made[file][name] = tensors[name]
-            elif expert == "0" and part == "gate_proj.weight":
-                made[file][f"{layer}.mlp.experts.gate_up_proj"] = (dtype, [256, 2 * out, width])
-            elif expert == "0" and part == "down_proj.weight":
-                made[file][f"{layer}.mlp.experts.down_proj"] = (dtype, [256, out, width])
     return made
 
 
@@ -154,12 +205,14 @@ def logits_of(folder: Path, name: str) -> np.ndarray:
     if name == "gpt_oss":
         _dequantized(folder)
     model = kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    if name == "llama4":
+        model = model.language_model  # the whole cannot be called without an image
     with torch.no_grad():
         return model(torch.tensor([TOKENS])).logits[0].float().numpy()
 
 
 def main() -> None:
-    for name in ARCHITECTURES:
+    for name in sys.argv[1:] or ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
             write_outline(name, Path(folder))
         with tempfile.TemporaryDirectory() as folder:

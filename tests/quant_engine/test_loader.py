@@ -18,6 +18,7 @@ from quant_engine.linear import TurboQuantLinear
 from quant_engine.loader import file_dtype, load
 from quant_engine.quantizer import dequantize_weight, quantize_weight
 from quant_engine.shared_input import Branch
+from quant_engine.source import resolve
 
 TOKENS = mx.array([[5, 300, 17, 1200, 44, 44, 9, 800]])
 
@@ -126,8 +127,22 @@ def test_the_dtype_of_activations_is_that_of_the_file(config: dict[str, Any], dt
 
 
 def test_norms_take_the_precision_of_activations(demo_model: Path) -> None:
-    model = adapter.load_float(demo_model, {})
+    model = adapter.load_float(demo_model, resolve(demo_model).config)
     adapter.match_norms(model, mx.float16)
     norms = adapter.linear_modules(model, (nn.RMSNorm,)).values()
     assert norms
     assert {norm["weight"].dtype for norm in norms} == {mx.float16}
+
+
+def test_a_config_that_mlx_lm_cannot_use_is_explained(demo_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    for change, message in (
+        ({"num_hidden_layers": "two"}, "does not describe a .* model as mlx-lm has it: .*; download it again, or"),
+        ({"num_hidden_layers": 1}, "does not describe a .* model as mlx-lm has it: .*parameters not in model"),
+        ({"model_type": "nonsense"}, "model_type 'nonsense' is none that mlx-lm has a model for"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(TurboQuantError, match=message):
+            load(tmp_path / "model")

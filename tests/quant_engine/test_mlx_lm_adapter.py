@@ -16,6 +16,7 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.convert import convert
 from quant_engine.errors import UnsupportedModelError
 from quant_engine.loader import load
+from quant_engine.source import resolve
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -66,7 +67,7 @@ def test_a_cache_that_attends_is_asked_for_attention() -> None:
 
 
 def test_mlx_lms_own_quantized_cache_still_works(demo_model: Path) -> None:
-    ours, theirs = (adapter.load_float(demo_model, {}) for _ in range(2))
+    ours, theirs = (adapter.load_float(demo_model, resolve(demo_model).config) for _ in range(2))
     ours.set_dtype(mx.float32), theirs.set_dtype(mx.float32)
     adapter.route(ours)
     caches = [[QuantizedKVCache(group_size=64, bits=8) for _ in theirs.layers] for _ in range(2)]
