@@ -1,10 +1,9 @@
 """Whole models on this machine: TurboQuant at 3 and 4 bits against mlx-lm's own 4-bit affine model, in one run.
 
-    python -m benchmarks.end_to_end [--models small large 8b]
+    python -m benchmarks.end_to_end [--models small large]
 
 small is the trained 29 M model beside the checkout where it is, otherwise the packaged one; large is a Llama of 378 M
-parameters with random weights, 8b one of 8.0 billion, for GPUs, where mlx-lm's model in bfloat16 is measured too. On a
-CPU both sides compute in float32, MLX's fastest there.
+parameters with random weights. On a CPU both sides compute in float32, MLX's fastest there.
 """
 
 import argparse
@@ -32,9 +31,6 @@ LARGE = {
     "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192,
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "hidden_act": "silu",
-}  # fmt: skip
-EIGHT_B = LARGE | {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "vocab_size": 128256,
 }  # fmt: skip
 ROUNDS = 3
 
@@ -80,27 +76,22 @@ def speed_of_ours(model: nn.Module, tokenizer: Any, prompt: list[int], tokens: i
 
 def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) -> list[dict[str, Any]]:
     """Rows of affine and TurboQuant, each the median of ROUNDS turns, taken one after another."""
-    floating = None if metal_kernels.device() == "cpu" else (load_model(path)[0], load_tokenizer(path))
     theirs = mlx_lm_affine(path)
     prompt = [101 + (7919 * i) % 4000 for i in range(prompt_tokens)]
     ours: dict[int, tuple[nn.Module, Any]] = {}
     for bits in (3, 4):
         convert(path, work / f"{name}-{bits}", config=QuantConfig(bits=bits))
         ours[bits] = load(work / f"{name}-{bits}")
-    full: list[tuple[float, float]] = []
     affine: list[tuple[float, float]] = []
     turbo: dict[int, list[tuple[float, float]]] = {3: [], 4: []}
     for _ in range(ROUNDS):
-        if floating:
-            full.append(speed_of_mlx_lm(*floating, prompt, tokens))
         affine.append(speed_of_mlx_lm(*theirs, prompt, tokens))
         for bits, loaded in ours.items():
             metal_kernels.reset_paths()
             turbo[bits].append(speed_of_ours(*loaded, prompt, tokens))
     base = _median(affine)
     path_name = metal_kernels.kernel_path()
-    whole = [_row(name, prompt_tokens, "mlx-lm float", 16, _median(full), base, "mlx")] if full else []
-    return [*whole, _row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")] + [
+    return [_row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")] + [
         _row(name, prompt_tokens, "turboquant", bits, _median(turbo[bits]), base, path_name) for bits in turbo
     ]
 
@@ -119,7 +110,7 @@ def _row(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=["small", "large", "8b"], default=["small", "large"])
+    parser.add_argument("--models", nargs="+", choices=["small", "large"], default=["small", "large"])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -132,9 +123,6 @@ def main() -> None:
         if "large" in args.models:
             write_random_llama(work / "llama-378m-random", LARGE)
             rows += measure("llama-378m-random", work / "llama-378m-random", 128, 16, work)
-        if "8b" in args.models:
-            write_random_llama(work / "llama-8b-random", EIGHT_B)
-            rows += measure("llama-8b-random", work / "llama-8b-random", 512, 128, work)
     command = f"python -m benchmarks.end_to_end --models {' '.join(args.models)}"
     report("speed", command, rows, seconds=time.perf_counter() - began)
 
