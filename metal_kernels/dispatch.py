@@ -18,7 +18,7 @@ from metal_kernels.errors import KernelError
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-_GPU = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
+_GPU = frozenset(["quantize", "matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": _GPU,
     "cuda": _GPU,

@@ -1,15 +1,14 @@
 """Rotated rows to packed codes and scales, and back."""
 
-from collections.abc import Callable
-from functools import cache
-
 import mlx.core as mx
 
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32
 from metal_kernels.cpu.quantize import quantize_rows
-from metal_kernels.dispatch import has_kernel
+from metal_kernels.dispatch import active_backend, has_kernel
 from metal_kernels.errors import ShapeError
+from metal_kernels.gpu import quantize as gpu
+from metal_kernels.gpu.products import GPUS
 from metal_kernels.layout import bits_of, groups, words
 
 
@@ -25,22 +24,12 @@ def quantize(
         raise ShapeError(f"an array of shape {x.shape} to quantize; it must be (rows, width)")
     words(x.shape[1], bits_of(codebook))
     groups(x.shape[1], group_size)
-    if has_kernel("quantize"):
+    if active_backend() == "cpu" and has_kernel("quantize"):
         packed, scales = quantize_rows(rows_float32(x), codebook, group_size, search)
         return mx.array(packed), mx.array(scales)
-    return _compiled(codebook, group_size, search)(x)
-
-
-@cache
-def _compiled(
-    codebook: tuple[float, ...], group_size: int, search: bool
-) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-    """The reference operations, fused by MLX where it can."""
-
-    def run(x: mx.array) -> tuple[mx.array, mx.array]:
-        return reference.quantize(x, codebook, group_size, search)
-
-    return mx.compile(run)
+    if active_backend() in GPUS and has_kernel("quantize"):
+        return gpu.quantize(x, codebook, group_size, search)
+    return reference.quantize(x, codebook, group_size, search)
 
 
 def dequantize(

@@ -52,7 +52,7 @@ def nearest(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
     return index
 
 
-def _fit(x: mx.array, scale: mx.array, codebook: tuple[float, ...]) -> tuple[mx.array, mx.array]:
+def fit(x: mx.array, scale: mx.array, codebook: tuple[float, ...]) -> tuple[mx.array, mx.array]:
     """The least-squares scale <x, c> / <c, c> for the codes that `scale` assigns, and its gain <x, c>^2 / <c, c>."""
     values = mx.array(codebook, dtype=mx.float32)[nearest(x / mx.where(scale > 0, scale, 1.0), codebook)]
     along, energy = (x * values).sum(-1, keepdims=True), (values * values).sum(-1, keepdims=True)
@@ -68,9 +68,9 @@ def search_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
     rms = mx.sqrt(mx.square(x).mean(-1, keepdims=True))
     best, most = rms, mx.full(rms.shape, -1.0)
     for factor in SEARCH_FACTORS:
-        candidate, gain = _fit(x, rms * factor, codebook)
+        candidate, gain = fit(x, rms * factor, codebook)
         best, most = mx.where(gain > most, candidate, best), mx.maximum(gain, most)
-    return mx.maximum(_fit(x, best, codebook)[0], 0.0)
+    return mx.maximum(fit(x, best, codebook)[0], 0.0)
 
 
 def quantize(
@@ -122,7 +122,7 @@ def cache_scales(x: mx.array, codebook: tuple[float, ...]) -> mx.array:
         return mx.abs(x).max(-1, keepdims=True)
     scale = mx.sqrt(mx.square(x).mean(-1, keepdims=True))
     for _ in range(2):
-        scale = _fit(x, scale, codebook)[0]
+        scale = fit(x, scale, codebook)[0]
     return scale
 
 
