@@ -21,8 +21,8 @@ THREADGROUPS = 528
 ATTEND = Kernel(
     name="turboquant_attention",
     sources=("codes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
-    inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "sizes",
-            "factor", "bias"),
+    inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "length",
+            "chunk", "factor", "bias"),
     outputs=("sums", "stats"),
     body="""
   constexpr int MOST_SIZE = KEY_SIZE > VALUE_SIZE ? KEY_SIZE : VALUE_SIZE;
@@ -34,14 +34,15 @@ ATTEND = Kernel(
   THREADGROUP_ARRAY(float, factors, (SIMDGROUPS > 2 ? SIMDGROUPS : 2) * ROWS);
   uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup, index = simdgroup * 32 + lane;
   uint heads = keys_shape[1], room = keys_shape[2], all_rows = queries_shape[1] / heads * queries_shape[2];
-  uint tiles = (all_rows + ROWS - 1) / ROWS, part = threadgroup_position_in_grid.x, parts = sizes[2];
+  uint tiles = (all_rows + ROWS - 1) / ROWS, part = threadgroup_position_in_grid.x;
+  uint tokens = length[0], each = chunk[0], parts = (tokens + each - 1) / each;
   uint head = threadgroup_position_in_grid.y / tiles, first = threadgroup_position_in_grid.y % tiles * ROWS;
   uint rows = all_rows - first < uint(ROWS) ? all_rows - first : ROWS;
   uint per_head = all_rows / queries_shape[2], entry = head / heads, of_entry = head % heads * per_head;
   uint strides[3] = {uint(bias_shape[1] * bias_shape[2] * bias_shape[3]), uint(bias_shape[2] * bias_shape[3]),
                      uint(bias_shape[3])};
   turboquant::Sight<MASK> sight{
-      sizes[0], all_rows, uint(queries_shape[2]), first, rows,
+      tokens, all_rows, uint(queries_shape[2]), first, rows,
       bias + (bias_shape[0] > 1 ? entry * strides[0] : 0) + (bias_shape[1] > 1 ? of_entry * strides[1] : 0),
       bias_shape[1] > 1 ? strides[1] : 0, bias_shape[2] > 1 ? strides[2] : 0, bias_shape[3] > 1 ? 1u : 0u};
   turboquant::rotate_queries<ROWS, KEY_SIZE, KEY_ODD, KEY_POWER, SIMDGROUPS, T>(
@@ -49,9 +50,9 @@ ATTEND = Kernel(
   turboquant::stage_queries<ROWS, KEY_SIZE, SIMDGROUPS>(shared, factors, halves, index);
   turboquant::Table k_values = turboquant::load_table(k_table), v_values = turboquant::load_table(v_table);
   turboquant::Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, NVIDIA> mine;
-  uint start = part * sizes[1], end = start + sizes[1] < sizes[0] ? start + sizes[1] : sizes[0];
+  uint start = part * each, end = start + each < tokens ? start + each : tokens;
   if (MASK == 1) {
-    uint seen = sizes[0] - queries_shape[2] + sight.last_query() + 1;
+    uint seen = tokens - queries_shape[2] + sight.last_query() + 1;
     end = end < seen ? end : seen;
   }
   for (uint token = start + 16 * simdgroup; token < end; token += 16 * SIMDGROUPS) {
@@ -87,9 +88,9 @@ JOIN = Kernel(
     inputs=("sums", "stats", "sinks", "signs", "odd"),
     outputs=("out",),
     body="""
-  THREADGROUP_ARRAY(float, shared, SIZE);
+  THREADGROUP_ARRAY(float, shared, SIMDGROUPS * SIZE);
   uint row = threadgroup_position_in_grid.x, parts = sums_shape[1];
-  turboquant::join_parts<SIZE, ODD, POWER, THREADS, SINKS, T>(
+  turboquant::join_parts<SIZE, ODD, POWER, SIMDGROUPS, SINKS, T>(
       sums + row * parts * SIZE, stats + row * parts * 2, sinks, signs, odd, out + row * SIZE, shared, parts,
       row / QUERIES % HEADS, thread_index_in_threadgroup);
 """,
@@ -206,20 +207,19 @@ def attend(
     outputs = [((all_rows, parts, of_values.size), mx.float32), ((all_rows, parts, 2), mx.float32)]
     inputs = [
         queries, of_keys.signs, *keys, *values, of_keys.table, of_values.table, of_keys.matrix,
-        mx.array([length, chunk, parts, 0, 0, 0, 0, 0], dtype=mx.uint32),
+        _number(length), _number(chunk),
         _constant(scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
         _constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
-    threads = min(256, -(-of_values.size // 32) * 32)
     constants = {
-        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "THREADS": threads,
+        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "SIMDGROUPS": SIMDGROUPS,
         "SINKS": sinks is not None, "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
     resting = _constant(0.0) if sinks is None else _padded(sinks)
     inputs = [sums, stats, resting, of_values.signs, of_values.matrix]
     out = ((batch, heads, rows, of_values.size), queries.dtype)
-    return JOIN.launch(inputs, [out], (all_rows, 1), threads, constants)[0]
+    return JOIN.launch(inputs, [out], (all_rows, 1), SIMD * SIMDGROUPS, constants)[0]
 
 
 def _parts(length: int, tiles: int) -> tuple[int, int]:
@@ -228,6 +228,18 @@ def _parts(length: int, tiles: int) -> tuple[int, int]:
     chunk = -(-max(length, 1) // most)
     chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
     return chunk, -(-max(length, 1) // chunk)
+
+
+def _number(value: int) -> mx.array:
+    """A whole number as the first value of an array: a view, since a new array would have to reach the GPU first."""
+    return _numbers(1 << max(20, (value + 8).bit_length()))[value : value + 8]
+
+
+@cache
+def _numbers(count: int) -> mx.array:
+    numbers = mx.arange(count, dtype=mx.uint32)
+    mx.eval(numbers)
+    return numbers
 
 
 @cache

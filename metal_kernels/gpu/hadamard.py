@@ -12,6 +12,8 @@ from metal_kernels.launch import Kernel
 MOST_THREADS = 1024
 MOST_VALUES = 64
 """Values that a thread holds in registers."""
+MOST_EXCHANGED = 4096
+"""Values in threadgroup memory at the same time."""
 
 ROTATE = Kernel(
     name="turboquant_rotate",
@@ -19,9 +21,9 @@ ROTATE = Kernel(
     inputs=("x", "signs", "odd"),
     outputs=("out", "scales"),
     body="""
-  THREADGROUP_ARRAY(float, scratch, 2 * (THREADS + THREADS / 32));
-  THREADGROUP_ARRAY(float, matrix, ODD * ODD > 32 ? ODD * ODD : 32);
-  turboquant::rotate<ODD, POWER, THREADS, TRANSFORM, PARTS, SCALED, T, OUT>(
+  THREADGROUP_ARRAY(float, scratch, AT_ONCE * (THREADS + THREADS / 32));
+  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
+  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, GATED, T, OUT>(
       x, signs, odd, out, scales, scratch, matrix, WIDTH, PADDED, threadgroup_position_in_grid.x,
       thread_index_in_threadgroup);
 """,
@@ -44,21 +46,29 @@ class Activations:
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     """x (n, width) rotated, in its dtype; signs from `sign_bits`."""
     n, width = x.shape
-    constants = _constants(x.dtype, width, block) | {"PARTS": 0, "SCALED": False, "PADDED": width, "OUT": x.dtype}
+    constants = _constants(x.dtype, width, block) | {
+        "PARTS": 0,
+        "SCALED": False,
+        "GATED": False,
+        "PADDED": width,
+        "OUT": x.dtype,
+    }
     return _launch(x, signs, constants, ((n, width), x.dtype), 8)[0]
 
 
-def prepare(x: mx.array, signs: mx.array, block: int) -> Activations:
-    """Rotate x (n, width) and turn it into halves.
+def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False) -> Activations:
+    """Rotate x (n, width) and turn it into halves; gated: x is (n, 2 * width) and silu(x[:, :width]) * x[:, width:]
+    is rotated.
 
     A row of bfloat16 or float32 is scaled by a power of two so that it neither overflows nor loses what matters to
     underflow; float32 goes to two halves, 22 bits of its 24.
     """
-    n, width = x.shape
+    n, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     parts, padded = 2 if x.dtype == mx.float32 else 1, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
     constants = _constants(x.dtype, width, block) | {
         "PARTS": parts,
         "SCALED": x.dtype != mx.float16,
+        "GATED": gated,
         "PADDED": padded,
         "OUT": mx.float16,
     }
@@ -89,7 +99,11 @@ def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool 
             f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
             "use the reference backend"
         )
-    return {"T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "TRANSFORM": block > 1, "WIDTH": width}
+    at_once = min(odd * max(1, power // threads), MOST_EXCHANGED // threads)
+    return {
+        "T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "AT_ONCE": at_once, "TRANSFORM": block > 1,
+        "WIDTH": width,
+    }  # fmt: skip
 
 
 def _launch(
@@ -100,7 +114,7 @@ def _launch(
     n_scales: int,
 ) -> list[mx.array]:
     odd, power, threads = (int(constants[name]) for name in ("ODD", "POWER", "THREADS"))  # pyright: ignore[reportArgumentType]
-    groups = x.shape[0] * x.shape[1] // (odd * power)
+    groups = x.shape[0] * int(constants["WIDTH"]) // (odd * power)  # pyright: ignore[reportArgumentType]
     outputs = [out, ((n_scales,), mx.float32)]
     return ROTATE.launch([x, signs, odd_factor(odd)], outputs, (groups, 1), threads, constants)
 

@@ -32,7 +32,7 @@ def product(x: mx.array, weight: TileWeight, gpu: Gpu) -> mx.array:
 def gated_product(x: mx.array, gate_up: TileWeight, down: TileWeight, gpu: Gpu) -> mx.array:
     """A gated feed-forward layer, silu(x gate^T) * (x up^T) times the transposed `down`, in x's dtype."""
     if x.size > FEW_ROWS * gate_up.width:
-        return _multiply(_gated(_multiply(x, gate_up, gpu)), down, gpu)
+        return _multiply(_multiply(x, gate_up, gpu), down, gpu, gated=True)
     return _compiled_gated(gate_up.recipe, down.recipe, gpu)(x, gate_up.arrays, down.arrays)
 
 
@@ -49,18 +49,15 @@ def _compiled(recipe: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
 @cache
 def _compiled_gated(first: Recipe, second: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
     def run(x: mx.array, gate_up: Arrays, down: Arrays) -> mx.array:
-        return _multiply(_gated(_multiply(x, TileWeight(*gate_up, *first), gpu)), TileWeight(*down, *second), gpu)
+        both = _multiply(x, TileWeight(*gate_up, *first), gpu)
+        return _multiply(both, TileWeight(*down, *second), gpu, gated=True)
 
     return mx.compile(run)
 
 
-def _gated(y: mx.array) -> mx.array:
-    gate, up = y.split(2, axis=-1)
-    return gate * mx.sigmoid(gate) * up
-
-
-def _multiply(x: mx.array, weight: TileWeight, gpu: Gpu) -> mx.array:
-    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
+def _multiply(x: mx.array, weight: TileWeight, gpu: Gpu, gated: bool = False) -> mx.array:
+    rows = x.reshape(-1, x.shape[-1])
+    ready = hadamard.prepare(rows, weight.signs, weight.block, gated)
     return _times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
 
 

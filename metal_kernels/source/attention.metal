@@ -260,6 +260,12 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     uint token = start + g, other = start + g + 8;
     TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> one(keys, key_scales, token < last ? token : last, t);
     TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> two(keys, key_scales, other < last ? other : last, t);
+    uint at = start + 2 * t;
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> a(values, value_scales, at < last ? at : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> b(values, value_scales, at + 1 < last ? at + 1 : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> c(values, value_scales, at + 8 < last ? at + 8 : last, g);
+    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> d(values, value_scales, at + 9 < last ? at + 9 : last, g);
+    loads_first();
     UNROLL
     for (int c = 0; c < KEY_SIZE / 16; c++) {
       uint4 q = queries[c * 32 + lane];
@@ -270,8 +276,9 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     float now[2] = {most[0], most[1]};
     UNROLL
     for (int i = 0; i < 8; i++) {
-      uint row = g + 8 * (i % 4 / 2), at = start + 8 * (i / 4) + 2 * t + i % 2;
-      scores[i / 4][i % 4] = sight.score(scores[i / 4][i % 4] * factors[16 + row], row, at, end);
+      uint row = g + 8 * (i % 4 / 2);
+      float score = scores[i / 4][i % 4] * factors[16 + row];
+      scores[i / 4][i % 4] = sight.score(score, row, at + 8 * (i / 4) + i % 2, end);
       now[i % 4 / 2] = larger(now[i % 4 / 2], scores[i / 4][i % 4]);
     }
     UNROLL
@@ -293,11 +300,6 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     }
     uint4 weights = uint4{pack_halves(scores[0][0], scores[0][1]), pack_halves(scores[0][2], scores[0][3]),
                           pack_halves(scores[1][0], scores[1][1]), pack_halves(scores[1][2], scores[1][3])};
-    uint at = start + 2 * t;
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> a(values, value_scales, at < last ? at : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> b(values, value_scales, at + 1 < last ? at + 1 : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> c(values, value_scales, at + 8 < last ? at + 8 : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> d(values, value_scales, at + 9 < last ? at + 9 : last, g);
     UNROLL
     for (int i = 0; i < (RUN + 3) / 4; i++) {
       Pairs of_a = a.template values<true>(i, value_table), of_b = b.template values<true>(i, value_table);
@@ -393,29 +395,61 @@ inline void join(Shared<float> maxima, Shared<float> totals, Shared<float> facto
   barrier();
 }
 
-// Adds up the parts of one row: sums (parts, SIZE), stats (parts, 2) of maxima and totals. Turns the result back.
-template <int SIZE, int ODD, int POWER, int THREADS, bool SINKS, typename T>
+// Adds up the parts of one row, a simdgroup every SIMDGROUPSth: sums (parts, SIZE), stats (parts, 2) of maxima and totals.
+// Turns the result back. shared: SIMDGROUPS * SIZE floats.
+template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, typename T>
 inline void join_parts(Device<const float> sums, Device<const float> stats, Device<const float> sinks,
-                       Device<const uint> signs, Device<const float> matrix, Device<T> out, Shared<float> values,
+                       Device<const uint> signs, Device<const float> matrix, Device<T> out, Shared<float> shared,
                        uint parts, uint head, uint index) {
-  float most = SINKS ? sinks[head] * 1.44269504f : NOTHING;
-  for (uint i = 0; i < parts; i++) {
+  constexpr int EACH = (SIZE + 31) / 32, THREADS = 32 * SIMDGROUPS;
+  uint lane = index % 32, simdgroup = index / 32;
+  float sink = SINKS ? sinks[head] * 1.44269504f : NOTHING, most = sink, total = 0;
+  for (uint i = lane; i < parts; i += 32) {
     most = larger(most, stats[2 * i]);
   }
-  float total = SINKS ? weight_of(sinks[head] * 1.44269504f, most) : 0.0f;
-  for (uint i = 0; i < parts; i++) {
+  UNROLL
+  for (int distance = 1; distance < 32; distance *= 2) {
+    most = larger(most, shuffle_xor(most, distance));
+  }
+  for (uint i = lane; i < parts; i += 32) {
     total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
   }
+  UNROLL
+  for (int distance = 1; distance < 32; distance *= 2) {
+    total += shuffle_xor(total, distance);
+  }
+  total += weight_of(sink, most);
+  float mine[EACH];
+  UNROLL
+  for (int c = 0; c < EACH; c++) {
+    mine[c] = 0;
+  }
+  for (uint i = simdgroup; i < parts; i += SIMDGROUPS) {
+    float weight = weight_of(stats[2 * i], most);
+    UNROLL
+    for (int c = 0; c < EACH; c++) {
+      uint column = lane + 32 * c;
+      mine[c] += column < uint(SIZE) ? weight * sums[i * SIZE + column] : 0.0f;
+    }
+  }
+  UNROLL
+  for (int c = 0; c < EACH; c++) {
+    if (lane + 32 * c < uint(SIZE)) {
+      shared[simdgroup * SIZE + lane + 32 * c] = mine[c];
+    }
+  }
+  barrier();
   for (uint column = index; column < uint(SIZE); column += THREADS) {
     float sum = 0;
-    for (uint i = 0; i < parts; i++) {
-      sum += weight_of(stats[2 * i], most) * sums[i * SIZE + column];
+    UNROLL
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      sum += shared[s * SIZE + column];
     }
-    values[column] = total > 0 ? sum / (total * sqrt(float(ODD * POWER))) : 0.0f;
+    shared[column] = total > 0 ? sum / (total * sqrt(float(ODD * POWER))) : 0.0f;
   }
-  transform_heads<SIZE, ODD, POWER, true, THREADS>(values, matrix, index);
+  transform_heads<SIZE, ODD, POWER, true, THREADS>(shared, matrix, index);
   for (uint column = index; column < uint(SIZE); column += THREADS) {
-    out[column] = static_cast<T>(signed_by(signs, column, values[column]));
+    out[column] = static_cast<T>(signed_by(signs, column, shared[column]));
   }
 }
 

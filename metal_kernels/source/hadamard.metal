@@ -43,29 +43,65 @@ struct Run {
     return SIMDGROUPS > 1 ? low * 32 + middle + high : index;
   }
 
-  // scratch holds 2 * (THREADS + SIMDGROUPS) floats: two buffers in turn, a gap after each 32 against bank conflicts.
-  void transform(Shared<float> scratch, int turn, uint index) {
-    within_thread();
-    UNROLL
-    for (int i = 0; i < EACH; i++) {
-      at[i] = across_lanes<LANES>(at[i], index % 32);
-      if (SIMDGROUPS > 1) {
-        Shared<float> buffer = scratch + ((turn * EACH + i) % 2) * (THREADS + SIMDGROUPS);
-        buffer[index + index / 32] = at[i];
-        barrier();
-        uint from = place(index);
-        at[i] = across_lanes<SIMDGROUPS>(buffer[from + from / 32], index % 32);
-      }
-    }
+  // What this value's lane and simdgroup take from `buffer`, of THREADS + SIMDGROUPS floats, after a barrier.
+  void exchange(Shared<float> buffer, int i, uint index) {
+    uint from = place(index);
+    at[i] = across_lanes<SIMDGROUPS>(buffer[from + from / 32], index % 32);
   }
 };
 
+// Transforms COUNT runs. scratch holds AT_ONCE * (THREADS + SIMDGROUPS) floats: as many values change places between two
+// barriers, with a gap after each 32 against bank conflicts.
+template <int COUNT, int POWER, int THREADS, int AT_ONCE>
+inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<float> scratch, uint index) {
+  constexpr int EACH = Run<POWER, THREADS>::EACH, SIMDGROUPS = THREADS / 32, ALL = COUNT * EACH;
+  UNROLL
+  for (int a = 0; a < COUNT; a++) {
+    runs[a].within_thread();
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      runs[a].at[i] = Run<POWER, THREADS>::template across_lanes<Run<POWER, THREADS>::LANES>(runs[a].at[i], index % 32);
+    }
+  }
+  if (SIMDGROUPS == 1) {
+    return;
+  }
+  UNROLL
+  for (int first = 0; first < ALL; first += AT_ONCE) {
+    UNROLL
+    for (int v = first; v < (first + AT_ONCE < ALL ? first + AT_ONCE : ALL); v++) {
+      scratch[(v - first) * (THREADS + SIMDGROUPS) + index + index / 32] = runs[v / EACH].at[v % EACH];
+    }
+    barrier();
+    UNROLL
+    for (int v = first; v < (first + AT_ONCE < ALL ? first + AT_ONCE : ALL); v++) {
+      runs[v / EACH].exchange(scratch + (v - first) * (THREADS + SIMDGROUPS), v % EACH, index);
+    }
+    if (first + AT_ONCE < ALL) {
+      barrier();
+    }
+  }
+}
+
+// Value `column` of a row of activations; GATED: of silu(gate) * up, whose halves of the row are `width` each.
+template <bool GATED, typename T>
+inline float value_at(Device<const T> row, uint column, uint width) {
+  float value = static_cast<float>(row[column]);
+  if (!GATED) {
+    return value;
+  }
+  // Each step in the activations' own precision, as MLX rounds it.
+  float weight = static_cast<float>(static_cast<T>(1 / (1 + power_of_two(-1.44269504f * value))));
+  float gate = static_cast<float>(static_cast<T>(value * weight));
+  return static_cast<float>(static_cast<T>(gate * static_cast<float>(row[width + column])));
+}
+
 // The greatest |x| of a row of `width` values, to every thread. scratch: one float for each simdgroup.
-template <int THREADS, typename T>
-inline float greatest(Device<const T> x, uint width, Shared<float> scratch, uint index) {
+template <int THREADS, bool GATED, typename T>
+inline float greatest(Device<const T> row, uint width, Shared<float> scratch, uint index) {
   float most = 0;
   for (uint i = index; i < width; i += THREADS) {
-    float value = static_cast<float>(x[i]);
+    float value = value_at<GATED>(row, i, width);
     value = value < 0 ? -value : value;
     most = value > most ? value : most;
   }
@@ -94,36 +130,40 @@ inline uint scale_exponent(float bound) {
 //
 // PARTS 0: to out (rows, width). Otherwise to out (rows * PARTS, padded) of halves, zeros after `width`, scaled by
 // a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
-template <int ODD, int POWER, int THREADS, bool TRANSFORM, int PARTS, bool SCALED, typename T, typename OUT>
+template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, bool GATED, typename T,
+          typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
-                   Device<float> scales, Shared<float> scratch, Shared<float> matrix, uint width, uint padded,
+                   Device<float> scales, Shared<float> scratch, Shared<uint4> matrix, uint width, uint padded,
                    uint group, uint index) {
   constexpr int SIZE = ODD * POWER, EACH = Run<POWER, THREADS>::EACH;
   uint blocks = width / SIZE, row = group / blocks, start = group % blocks * SIZE;
   uint slot = POWER < THREADS ? index % POWER : index;
-  Device<const T> from = x + row * width;
-  uint exponent = 127;
-  if (SCALED) {
-    exponent = scale_exponent(greatest<THREADS, T>(from, width, matrix, index) * sqrt(float(TRANSFORM ? SIZE : 1)));
-    barrier();
-  }
-  if (ODD > 1) {
-    for (uint i = index; i < uint(ODD * ODD); i += THREADS) {
-      matrix[i] = odd[i];
-    }
-  }
+  Device<const T> from = x + row * width * (GATED ? 2 : 1);
   Run<POWER, THREADS> runs[ODD];
   UNROLL
   for (int a = 0; a < ODD; a++) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint column = start + a * POWER + i * THREADS + slot;
-      float value = static_cast<float>(from[column]);
+      float value = value_at<GATED>(from, column, width);
       runs[a].at[i] = (signs[column / 32] >> (column % 32)) & 1u ? -value : value;
     }
-    if (TRANSFORM) {
-      runs[a].transform(scratch, a, index);
+  }
+  uint exponent = 127;
+  if (SCALED) {
+    float most = greatest<THREADS, GATED, T>(from, width, scratch, index);
+    exponent = scale_exponent(most * sqrt(float(TRANSFORM ? SIZE : 1)));
+    barrier();
+  }
+  if (ODD > 1) {
+    for (uint i = index; i < uint(ODD * ODD / 4); i += THREADS) {
+      uint b = 4 * i / ODD, a = 4 * i % ODD;
+      matrix[i] = uint4{float_bits(odd[a * ODD + b]), float_bits(odd[(a + 1) * ODD + b]),
+                        float_bits(odd[(a + 2) * ODD + b]), float_bits(odd[(a + 3) * ODD + b])};
     }
+  }
+  if (TRANSFORM) {
+    transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index);
   }
   if (ODD > 1) {
     barrier();
@@ -133,11 +173,15 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const flo
   for (int b = 0; b < ODD; b++) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
-      float value = 0;
-      UNROLL
-      for (int a = 0; a < ODD; a++) {
-        float weight = !TRANSFORM || ODD == 1 ? (a == b ? 1.0f : 0.0f) : matrix[a * ODD + b];
-        value += weight * runs[a].at[i];
+      float value = runs[0].at[i];
+      if (ODD > 1) {
+        value = 0;
+        UNROLL
+        for (int a = 0; a < ODD / 4 * 4; a += 4) {
+          uint4 four = matrix[(b * ODD + a) / 4];
+          value += bits_float(four.x) * runs[a].at[i] + bits_float(four.y) * runs[a + 1].at[i] +
+                   bits_float(four.z) * runs[a + 2].at[i] + bits_float(four.w) * runs[a + 3].at[i];
+        }
       }
       uint column = start + b * POWER + i * THREADS + last;
       value *= factor;

@@ -120,6 +120,24 @@ def test_rotations_equal_the_reference(tmp_path: Path, width: int) -> None:
     assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_gated_activations_are_rotated_as_the_activation_and_the_rotation_would(
+    tmp_path: Path, dtype: mx.Dtype
+) -> None:
+    turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
+    both = (3 * mx.random.normal((2, 2 * WIDTH), key=mx.random.key(1))).astype(dtype)
+
+    def run() -> list[mx.array]:
+        ready = hadamard.prepare(both, tiles.sign_bits(turn, WIDTH), block, gated=True)
+        return [ready.halves, ready.scales]
+
+    halves, scales = on_machine(tmp_path, run)
+    gate, up = both.split(2, axis=-1)
+    expected = reference.rotate((gate * mx.sigmoid(gate) * up).astype(mx.float32), turn, block)
+    found = halves[:, :WIDTH].astype(mx.float32) * scales[:2, None]
+    assert mx.abs(found - expected).max() < 2e-2 * mx.abs(expected).max()
+
+
 @pytest.mark.parametrize(("bits", "group"), WEIGHTS)
 def test_the_layout_of_tiles_can_be_undone(bits: int, group: int) -> None:
     packed, scales = weights(bits, group)
