@@ -49,7 +49,8 @@ ATTEND = Kernel(
       queries + (head * all_rows + first) * KEY_SIZE, q_signs, odd, shared, factors, rows, factor[0], index);
   turboquant::stage_queries<ROWS, KEY_SIZE, SIMDGROUPS>(shared, factors, halves, index);
   turboquant::Table k_values = turboquant::load_table(k_table), v_values = turboquant::load_table(v_table);
-  turboquant::Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, NVIDIA> mine;
+  using Mine = turboquant::Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, NVIDIA>;
+  Mine mine;
   uint start = part * each, end = start + each < tokens ? start + each : tokens;
   if (MASK == 1) {
     uint seen = tokens - queries_shape[2] + sight.last_query() + 1;
@@ -72,7 +73,8 @@ ATTEND = Kernel(
   }
   for (uint i = index; i < rows * VALUE_SIZE; i += 32 * SIMDGROUPS) {
     uint row = head * all_rows + first + i / VALUE_SIZE;
-    sums[(row * parts + part) * VALUE_SIZE + i % VALUE_SIZE] = shared[i];
+    uint place = Mine::place(i / VALUE_SIZE, i % VALUE_SIZE);
+    sums[(row * parts + part) * VALUE_SIZE + i % VALUE_SIZE] = shared[place];
   }
   if (index < rows) {
     uint row = head * all_rows + first + index;

@@ -214,7 +214,12 @@ struct Rows {
     }
   }
 
-  // Adds this simdgroup's weighted sums to the threadgroup's (ROWS, VALUE_SIZE); factors (ROWS).
+  // Where the threadgroup's sum of a row and column lies.
+  static uint place(uint row, uint column) {
+    return row * VALUE_SIZE + column;
+  }
+
+  // Adds this simdgroup's weighted sums to the threadgroup's, ROWS * VALUE_SIZE; factors (ROWS).
   void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
     if (lane % 4 != 0) {
       return;
@@ -285,12 +290,14 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     for (int r = 0; r < 2; r++) {
       now[r] = larger(now[r], shuffle_xor(now[r], 1));
       now[r] = larger(now[r], shuffle_xor(now[r], 2));
-      float kept = shrink(most[r], now[r]);
-      most[r] = now[r];
-      sums[r] *= kept;
-      UNROLL
-      for (int i = 0; i < RUN * 2; i++) {
-        out[i / 2][2 * r + i % 2] *= kept;
+      if (now[r] != most[r]) {
+        float kept = power_of_two(most[r] - now[r]);
+        most[r] = now[r];
+        sums[r] *= kept;
+        UNROLL
+        for (int i = 0; i < RUN * 2; i++) {
+          out[i / 2][2 * r + i % 2] *= kept;
+        }
       }
     }
     UNROLL
@@ -334,12 +341,18 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     }
   }
 
+  // In the order of lanes, so that they write to all banks at once.
+  static uint place(uint row, uint column) {
+    uint n = column / RUN, i = 4 * (column % RUN) + 2 * (row / 8) + n % 2;
+    return i * 32 + 4 * (row % 8) + n / 2;
+  }
+
   void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
+    float factor[2] = {factors[lane / 4], factors[lane / 4 + 8]};
     UNROLL
     for (int i = 0; i < RUN * 4; i++) {
-      uint row = lane / 4 + 8 * (i % 4 / 2), at = row * VALUE_SIZE + (2 * (lane % 4) + i % 2) * RUN + i / 4;
-      float value = out[i / 4][i % 4] * factors[row];
-      all[at] = first ? value : value + all[at];
+      float value = out[i / 4][i % 4] * factor[i % 4 / 2];
+      all[i * 32 + lane] = first ? value : value + all[i * 32 + lane];
     }
   }
 };
@@ -354,7 +367,7 @@ inline void rotate_queries(Device<const T> queries, Device<const uint> signs, De
     float value = i / SIZE < rows ? static_cast<float>(queries[i]) : 0.0f;
     values[i] = signed_by(signs, i % SIZE, value);
   }
-  transform_heads<ROWS * SIZE, ODD, POWER, false, 32 * SIMDGROUPS>(values, matrix, index);
+  transform_heads<ODD, POWER, false, 32 * SIMDGROUPS>(values, matrix, rows * SIZE, index);
   for (uint row = index / 32; row < uint(ROWS); row += SIMDGROUPS) {
     float most = 0;
     for (uint i = index % 32; i < uint(SIZE); i += 32) {
@@ -447,7 +460,7 @@ inline void join_parts(Device<const float> sums, Device<const float> stats, Devi
     }
     shared[column] = total > 0 ? sum / (total * sqrt(float(ODD * POWER))) : 0.0f;
   }
-  transform_heads<SIZE, ODD, POWER, true, THREADS>(shared, matrix, index);
+  transform_heads<ODD, POWER, true, THREADS>(shared, matrix, SIZE, index);
   for (uint column = index; column < uint(SIZE); column += THREADS) {
     out[column] = static_cast<T>(signed_by(signs, column, shared[column]));
   }

@@ -2,14 +2,15 @@
 
 namespace turboquant {
 
-// Transforms `values`, COUNT of them in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. Begins and ends
-// with a barrier. matrix (ODD, ODD) is the small Hadamard matrix of the odd factor.
-template <int COUNT, int ODD, int POWER, bool BACK, int THREADS>
-inline void transform_heads(Shared<float> values, Device<const float> matrix, uint index) {
+// Transforms the first `count` of `values`, in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. Begins and
+// ends with a barrier. matrix (ODD, ODD) is the small Hadamard matrix of the odd factor.
+template <int ODD, int POWER, bool BACK, int THREADS>
+inline void transform_heads(Shared<float> values, Device<const float> matrix, uint count, uint index) {
+  UNROLL
   for (uint distance = 1; distance < uint(POWER); distance *= 2) {
     barrier();
-    for (uint i = index; i < uint(COUNT / 2); i += THREADS) {
-      uint first = i / distance * (2 * distance) + i % distance;
+    for (uint i = index; i < count / 2; i += THREADS) {
+      uint within = i & (distance - 1), first = 2 * (i - within) + within;
       float one = values[first], two = values[first + distance];
       values[first] = one + two;
       values[first + distance] = one - two;
@@ -17,7 +18,7 @@ inline void transform_heads(Shared<float> values, Device<const float> matrix, ui
   }
   if (ODD > 1) {
     barrier();
-    for (uint i = index; i < uint(COUNT / ODD); i += THREADS) {
+    for (uint i = index; i < count / ODD; i += THREADS) {
       uint first = i / POWER * (ODD * POWER) + i % POWER;
       float all[ODD];
       UNROLL

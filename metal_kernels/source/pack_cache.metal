@@ -79,7 +79,7 @@ inline void pack_head(Device<const T> x, Device<const uint> signs, Device<const 
   for (uint i = lane; i < uint(SIZE); i += 32) {
     values[i] = signed_by(signs, i, static_cast<float>(x[head * SIZE + i]));
   }
-  transform_heads<SIZE, ODD, POWER, false, 32>(values, matrix, lane);
+  transform_heads<ODD, POWER, false, 32>(values, matrix, SIZE, lane);
   float factor = 1 / sqrt(float(ODD * POWER));
   for (int g = 0; g < GROUPS; g++) {
     Group<BITS, GROUP> group;
