@@ -1,5 +1,6 @@
 """A checkpoint's tensors as the parameters of mlx-lm's model, known from headers and read when they are needed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.parameters import Packing, Parameters
 from quant_engine.safetensors_file import SIZES, TensorInfo
 from quant_engine.source import resolve
-from tests.quant_engine.checkpoints import CONFIG, random_weights, write_model
+from tests.quant_engine.checkpoints import CONFIG, random_weights, split, write_model
 
 MIXTURE: dict[str, Any] = CONFIG | {
     "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32,
@@ -57,6 +58,30 @@ def test_experts_are_stacked_when_they_are_read(tmp_path: Path) -> None:
     expected = mx.concatenate([stored[f"{EXPERT}.{e}.down_proj.weight"] for e in range(4)])
     assert mx.array_equal(found.rows(name, 100, 300), expected[100:300])
     assert mx.array_equal(found.rows(name, 0, 5), expected[:5])
+
+
+def test_parameters_of_the_first_files_come_first_and_know_their_files(tmp_path: Path) -> None:
+    found = parameters(split(mixture(tmp_path), 3))
+    where = {name: {path.name for path in parameter.files} for name, parameter in found.items()}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    experts = {index[f"{EXPERT}.{e}.up_proj.weight"] for e in range(4)}
+    assert where["model.layers.0.mlp.switch_mlp.up_proj.weight"] == experts
+    assert where["model.norm.weight"] == {index["model.norm.weight"]}
+    assert len(experts) == 2, "or nothing is split"
+    last = [max(files) for files in where.values()]
+    assert last == sorted(last)
+
+
+def test_a_parameter_is_computed_from_the_files_in_use_alone_wherever_they_are(tmp_path: Path) -> None:
+    whole = parameters(mixture(tmp_path / "whole"))
+    found = parameters(split(mixture(tmp_path / "split"), 3))
+    for name, parameter in found.items():
+        places = {path: path.rename(tmp_path / path.name) for path in parameter.files}
+        found.use(places)
+        rows = parameter.matrix[0]
+        assert mx.array_equal(found.rows(name, 0, rows), whole.rows(name, 0, rows)), name
+        for path, place in places.items():
+            place.rename(path)
 
 
 def test_all_bytes_are_counted_once(tmp_path: Path) -> None:
