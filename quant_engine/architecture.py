@@ -11,6 +11,17 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError
 from quant_engine.parameters import Parameters
 
+_QUANTIZED = (
+    "the model is quantized in a way that config.json does not state: give the original in float16, bfloat16 or float32"
+)
+_FOREIGN = (
+    (".lora_", "this is an adapter: merge it into its base first (mlx_lm.fuse, or PEFT's merge_and_unload)"),
+    *((mark, _QUANTIZED) for mark in ("weight_scale", "weight_packed", ".qweight", ".qzeros", ".absmax", ".SCB")),
+)
+"""Parts of the names of tensors that no float model has, and what they say."""
+
+_AGAIN = "download the model again, whole"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -37,20 +48,15 @@ class Architecture:
             if name in found and found[name].shape != shape
         ]
         if wrong:
+            advice = next((text for mark, text in _FOREIGN if any(mark in name for name in extra)), _AGAIN)
             raise CorruptCheckpointError(
-                f"the weights are not those of the model in config.json: {'; '.join(wrong[:3])}; "
-                "download the model again, whole"
+                f"the weights are not those of the model in config.json: {'; '.join(wrong[:3])}; {advice}"
             )
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config. Raises UnsupportedModelError where mlx-lm has no model for it."""
-    try:
-        model = adapter.build(config)
-    except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CorruptCheckpointError(
-            f"config.json does not describe a {config.get('model_type')} model: {error}; download it again"
-        ) from error
+    """The architecture of a config. Raises as `mlx_lm_adapter.build` does."""
+    model = adapter.build(config)
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     return Architecture(
         shapes,

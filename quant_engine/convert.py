@@ -31,6 +31,9 @@ from quant_engine.shards import DOWNLOADS, Shards, most_fetched, read_order
 from quant_engine.source import INDEX, SMALL_FILES, Source, peek
 
 _MADE_HERE = ("config.json", "README.md", INDEX)
+LARGEST_SCALE = 65504
+"""Of float16; a scale that would be larger is cut off there."""
+
 _MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -217,7 +220,9 @@ class _Weights:
         step = max(1, CHUNK_VALUES // width)
         for first in range(0, out, step):
             last = min(first + step, out)
-            part = quantize_weight(self.found.rows(weight.name, first, last), self.recipe, entry.bits)
+            rows = self.found.rows(weight.name, first, last)
+            part = quantize_weight(rows, self.recipe, entry.bits)
+            _check_scales(part.scales, rows, path)
             writer.write(f"{path}.weight", part.packed)
             writer.write(f"{path}.scales", part.scales)
             if part.residual is not None:
@@ -238,6 +243,15 @@ class _Weights:
             last = min(first + step, count)
             writer.write(spec.name, cast_piece(self.found.rows(spec.name, first, last), spec))
             self.meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
+
+
+def _check_scales(scales: mx.array, rows: mx.array, path: str) -> None:
+    """Raise RecipeError where weights are too large for their scales."""
+    if scales.max() >= LARGEST_SCALE:
+        raise RecipeError(
+            f"{path} has weights up to {mx.abs(rows).max().item():.3g}, which float16 scales cannot hold; leave it "
+            f'whole (skip "{path}"), or download the model again if it should have none'
+        )
 
 
 def cast_piece(values: mx.array, spec: TensorSpec) -> mx.array:

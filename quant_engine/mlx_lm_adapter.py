@@ -16,11 +16,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
-from quant_engine.errors import UnsupportedModelError
+from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that read the same input, in the models mlx-lm has."""
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Settings of every model that none has at zero."""
 
 
 class Attends(Protocol):
@@ -65,7 +68,10 @@ def readable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """mlx-lm's model of a config, with weights yet to be set. Raises UnsupportedModelError where it has none."""
+    """mlx-lm's model of a config, with weights yet to be set.
+
+    Raises UnsupportedModelError where it has none, CorruptCheckpointError for a config that does not describe one.
+    """
     if not supports(config):
         raise UnsupportedModelError(
             f"model_type {config.get('model_type')!r} is none that mlx-lm has a model for, so it can be neither "
@@ -73,7 +79,15 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         )
     known = readable(config)
     model_class, args_class = _get_classes(config=known)
-    model = cast(nn.Module, model_class(args_class.from_dict(known)))
+    try:
+        model = cast(nn.Module, model_class(args_class.from_dict(known)))
+    except (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+        zero = [f"{key} 0" for key, value in known.items() if value == 0 and key in _SIZES]
+        lacking = f"it lacks {error}" if isinstance(error, KeyError) else ""
+        reason = ", ".join(zero) or lacking or str(error) or type(error).__name__
+        raise CorruptCheckpointError(
+            f"config.json does not describe a {config.get('model_type')} model: {reason}; download it again"
+        ) from error
     model.eval()
     _exact_yarn(model, known)
     return model

@@ -7,7 +7,7 @@ it hands through untouched is read from its file piece by piece, what it makes i
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +48,8 @@ class Packing:
         block = _quantization(config)
         if not block:
             return None
-        method = str(block.get("quant_method") or block.get("mode") or "affine")
+        algorithm = block.get("quant_algo")
+        method = str(block.get("quant_method") or block.get("mode") or algorithm or "affine")
         if method == METHOD:
             raise UnsupportedModelError(
                 "this model was converted by TurboQuant already; run it as it is, or convert the "
@@ -60,8 +61,9 @@ class Packing:
             return None  # Where mlx-lm undoes it; `Parameters` refuses what stays.
         mode = str(block.get("mode", "affine"))
         if method not in _MODES or mode not in _MODES or "bits" not in block or "group_size" not in block:
+            named = f"{method}, {algorithm}" if algorithm and algorithm != method else method
             raise UnsupportedModelError(
-                f"this model is quantized already ({method}), in a way that is not undone here; give the original "
+                f"this model is quantized already ({named}), in a way that is not undone here; give the original "
                 f"model in float16, bfloat16 or float32, or one quantized by MLX ({', '.join(_MODES)})"
             )
         return cls(block["bits"], block["group_size"], mode)
@@ -133,6 +135,7 @@ class Parameters(Mapping[str, Parameter]):
         made = _sanitize(config, blanks)
         handed_on = {origins[id(array)].name for array in made.values() if id(array) in origins}
         self.unused = self._unused(blanks, set(made), set(tensors) - handed_on)
+        self._check_float8(blanks)
         files = _files(made, origins, marks)
         self._parameters: dict[str, Parameter] = {}
         for name, array in made.items():
@@ -145,11 +148,6 @@ class Parameters(Mapping[str, Parameter]):
                 parts = frozenset[Path]().union(*(files.get(f"{path}.{p}", ()) for p in ("weight", "scales", "biases")))
                 self._parameters[name] = _packed(name, array, scales, made.get(f"{path}.biases"), own, parts)
                 continue
-            if stored and stored.dtype.startswith("F8"):
-                raise UnsupportedModelError(
-                    f"tensor {stored.name} is {stored.dtype}, which mlx-lm does not undo for this architecture; give "
-                    "the original model in float16, bfloat16 or float32"
-                )
             dtype = stored.dtype if stored else _NAMES[array.dtype]
             nbytes = array.size * SIZES[dtype]
             self._parameters[name] = Parameter(name, dtype, array.shape, stored, None, nbytes, files[name])
@@ -242,10 +240,26 @@ class Parameters(Mapping[str, Parameter]):
 
     def _unused(self, blanks: Mapping[str, mx.array], made: set[str], doubtful: set[str]) -> set[str]:
         """Those of `doubtful` without which mlx-lm makes the same parameters, tried kind by kind (numbers aside)."""
-        kinds: dict[str, set[str]] = {}
-        for name in doubtful:
-            kinds.setdefault(re.sub(r"\d+", "#", name), set()).add(name)
-        return {name for names in kinds.values() if self._makes(blanks, names) == made for name in names}
+        return {name for names in _kinds(doubtful) if self._makes(blanks, names) == made for name in names}
+
+    def _check_float8(self, blanks: Mapping[str, mx.array]) -> None:
+        """Raise UnsupportedModelError for tensors of 8-bit floats that mlx-lm hands on or takes for integers.
+
+        MLX holds them as integers. Where mlx-lm undoes them, it refuses to undo any other dtype.
+        """
+        used = {name for name, info in self._tensors.items() if info.dtype in ("F8_E4M3", "F8_E5M2")} - self.unused
+        for names in _kinds(used):
+            first = self._tensors[min(names)]
+            others = {name: blanks[name].astype(mx.bfloat16) for name in names}
+            try:
+                adapter.sanitize(self._config, {**blanks, **others})
+            except ValueError:
+                if first.dtype == "F8_E4M3":  # the one that MLX knows
+                    continue
+            raise UnsupportedModelError(
+                f"tensor {first.name} is {first.dtype}, which mlx-lm does not undo for this architecture; give "
+                "the original model in float16, bfloat16 or float32"
+            )
 
     def _makes(self, blanks: Mapping[str, mx.array], without: set[str]) -> set[str]:
         try:
@@ -265,6 +279,14 @@ def _files(
         {name: marks[path] for name, path in paths.items()},
     )
     return read | {name: frozenset(paths[file] for file in files) for name, files in needs.items()}
+
+
+def _kinds(names: Iterable[str]) -> list[set[str]]:
+    """Names that differ in numbers only, together."""
+    kinds: dict[str, set[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(re.sub(r"\d+", "#", name), set()).add(name)
+    return list(kinds.values())
 
 
 def _computing(info: TensorInfo) -> mx.Dtype:
@@ -296,7 +318,8 @@ def _sanitize(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dic
         return adapter.sanitize(config, weights)
     except KeyError as error:
         raise CorruptCheckpointError(
-            f"the weights lack {error}, which this architecture needs; download the model again, whole"
+            f"the weights lack {error}, which the model in config.json has; if its numbers of layers and experts are "
+            "right, download the model again, whole"
         ) from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(

@@ -41,6 +41,7 @@ Headers = Callable[[Sequence[str]], Mapping[str, Mapping[str, TensorInfo]]]
 """Gives the tensors of safetensors files by file and name."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -163,6 +164,8 @@ def is_repository(ref: str) -> bool:
 def open_folder(folder: Path, *, repo: str | None = None, revision: str | None = None) -> Source:
     """The model in a folder, its files checked. Raises as `resolve` does."""
     if not folder.is_dir():
+        if folder.name.lower().endswith((".gguf", *_PICKLES)):
+            _explain_no_weights([folder.name], str(folder.parent))
         raise SourceError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     check_files([file.name for file in folder.iterdir()], str(folder))
     present = {file.name for file in folder.iterdir() if file.is_file()}
@@ -201,6 +204,11 @@ def check_files(names: list[str], where: str) -> None:
     weights = any(_is_weights(name) for name in names)
     if not weights:
         _explain_no_weights(names, where)
+    if adapter := next((name for name in names if name in _ADAPTERS), None):
+        raise SourceError(
+            f"{where} has an adapter ({adapter}) beside the model's weights, which would be left out; merge it first "
+            "(mlx_lm.fuse, or PEFT's merge_and_unload), or give a folder without it where it is merged already"
+        )
     if "config.json" not in names:
         raise SourceError(f"{where} has weights but no config.json; copy it from the model's repository")
 
@@ -213,7 +221,7 @@ def _explain_no_weights(names: list[str], where: str) -> None:
     def ending(*suffixes: str) -> str:
         return next((name for name in sorted(names) if name.lower().endswith(suffixes)), "")
 
-    if any(name in ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors") for name in names):
+    if any(name in _ADAPTERS for name in names):
         raise SourceError(
             f"{where} holds an adapter, not a model; merge it into its base first (mlx_lm.fuse, or "
             "PEFT's merge_and_unload), then give the merged folder"

@@ -1,6 +1,7 @@
 """A checkpoint's tensors as the parameters of mlx-lm's model, known from headers and read when they are needed."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.parameters import Packing, Parameters
-from quant_engine.safetensors_file import SIZES, TensorInfo
+from quant_engine.safetensors_file import SIZES, TensorInfo, read_header
 from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import CONFIG, random_weights, split, write_model
 
@@ -145,6 +146,36 @@ def test_a_module_may_be_quantized_in_a_way_of_its_own() -> None:
     assert packing is not None
     assert packing.for_module("model.a", config) == Packing(8, 32, "affine")
     assert packing.for_module("model.b", config) == packing.for_module("model.c", config) == Packing(4, 64, "affine")
+
+
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3", "vocab_size": 32, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "qk_nope_head_dim": 16, "first_k_dense_replace": 1,
+    "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_float8_is_undone_where_mlx_lm_undoes_it(tmp_path: Path, dtype: str) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = mx.to_fp8(mx.random.normal((160, 64)))
+    scales = mx.array([[0.5], [3.0]])
+    made = {name: codes, f"{name}_scale_inv": scales}
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), made)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + length])
+    text[name]["dtype"] = dtype
+    written = json.dumps(text).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
+    tensors = read_header(tmp_path / "x.safetensors")
+    if dtype == "F8_E5M2":
+        with pytest.raises(UnsupportedModelError, match=f"tensor {name} is F8_E5M2"):
+            Parameters(DEEPSEEK, tensors)
+        return
+    expected = mx.from_fp8(codes, dtype=mx.bfloat16) * mx.repeat(scales, 128, axis=0)[:160]
+    assert mx.array_equal(Parameters(DEEPSEEK, tensors).rows(name, 0, 160), expected.astype(mx.bfloat16))
 
 
 def test_float8_that_mlx_lm_does_not_undo_is_refused_by_name() -> None:
