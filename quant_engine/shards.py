@@ -72,7 +72,8 @@ class Shards:
         def tell(done: int, total: int, file: str) -> None:
             self._say(f"fetching {file}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
-        assert self._source.repository is not None, f"{path} was there when the source was opened"
+        if self._source.repository is None:
+            raise CorruptCheckpointError(f"{path} disappeared while the model was read; put it back and run it again")
         tell(0, self._source.shard_bytes[path], path.name)
         place = self._source.repository.fetch(path.name, None if self._keep else self._folder, tell)
         held = {name: replace(info, path=path) for name, info in read_header(place).items()}

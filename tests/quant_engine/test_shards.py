@@ -18,8 +18,10 @@ import pytest
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import CorruptCheckpointError, DownloadError, OutputError, TurboQuantError
+from quant_engine.parameters import Parameters
 from quant_engine.plan import plan
-from quant_engine.shards import DOWNLOADS
+from quant_engine.shards import DOWNLOADS, Shards
+from quant_engine.source import peek
 from tests.quant_engine.checkpoints import split, write_model
 from tests.quant_engine.local_hub import COMMIT, REPOSITORY, LocalHub, local_hub
 from tests.quant_engine.published import write_published
@@ -260,3 +262,15 @@ def test_a_damaged_file_is_refused_by_name_as_early_as_it_shows(
         run(tmp_path / "out")
     assert len(hub.weights) == fetched
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_local_file_that_disappears_is_named(tmp_path: Path) -> None:
+    folder = split(write_model(tmp_path / "in"), 3)
+    source = peek(folder)
+    found = Parameters(source.config, source.tensors)
+    (folder / shards(2, 2, 3)[0]).unlink()
+    reading = Shards(source, found, list(found), tmp_path / "none", say=lambda _: None)
+    with pytest.raises(CorruptCheckpointError, match=r"model-00002-of-00003\.safetensors disappeared while"):
+        for name in found:
+            with reading.reading(name):
+                pass
