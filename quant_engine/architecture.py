@@ -11,6 +11,20 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError
 from quant_engine.parameters import Parameters
 
+_QUANTIZED = (
+    "the model is quantized in a way that config.json does not state: give the original in float16, bfloat16 or float32"
+)
+_FOREIGN = (
+    (".lora_", "this is an adapter: merge it into its base first (mlx_lm.fuse, or PEFT's merge_and_unload)"),
+    *((mark, _QUANTIZED) for mark in ("weight_scale", "weight_packed", ".qweight", ".qzeros", ".absmax", ".SCB")),
+)
+"""Parts of the names of tensors that no float model has, and what they say."""
+
+_AGAIN = (
+    "download the model again, whole. If it is whole, mlx-lm has another model by that name, and this one can be "
+    "neither converted nor run"
+)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -37,10 +51,9 @@ class Architecture:
             if name in found and found[name].shape != shape
         ]
         if wrong:
+            advice = next((text for mark, text in _FOREIGN if any(mark in name for name in extra)), _AGAIN)
             raise CorruptCheckpointError(
-                f"the weights are not those of the model in config.json: {'; '.join(wrong[:3])}; "
-                "download the model again, whole. If it is whole, mlx-lm has another model by that name, and this one "
-                "can be neither converted nor run"
+                f"the weights are not those of the model in config.json: {'; '.join(wrong[:3])}; {advice}"
             )
 
 

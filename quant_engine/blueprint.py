@@ -7,7 +7,7 @@ from typing import Any
 
 from quant_engine import architecture, rotation
 from quant_engine.config import QuantConfig
-from quant_engine.errors import RecipeError, UnsupportedModelError
+from quant_engine.errors import CorruptCheckpointError, RecipeError, UnsupportedModelError
 from quant_engine.manifest import ModuleEntry
 from quant_engine.parameters import Parameter, Parameters
 from quant_engine.policy import Policy
@@ -78,6 +78,7 @@ def draw(
         raise RecipeError(f"dtype {dtype!r}; choose one of {', '.join(DTYPES)}, or none to keep each as it is")
     model = architecture.describe(config)
     model.check(found)
+    _check_head(config, found)
     policy = Policy(recipe, str(config["model_type"]), model.layers)
     layers = {*model.linear, *model.experts, *model.embeddings}
     modules: dict[str, ModuleEntry] = {}
@@ -100,6 +101,17 @@ def draw(
         written.append([kept[name]])
     parameters = sum(math.prod(shape) for shape in model.parameters.values())
     return Blueprint(modules, excluded, kept, assign_shards(written, max_shard_bytes), parameters)
+
+
+def _check_head(config: Mapping[str, Any], found: Parameters) -> None:
+    """Raise CorruptCheckpointError where an output head is stored and left out only because nobody says otherwise."""
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    stored = [name for name in sorted(found.unused) if name.endswith("lm_head.weight")]
+    if stored and "tie_word_embeddings" not in {*config, *text}:
+        raise CorruptCheckpointError(
+            f"{stored[0]} is stored, and config.json does not say whether the embeddings are used in its place; add "
+            '"tie_word_embeddings": false to config.json, or true where both are the same'
+        )
 
 
 def _module(name: str) -> str:

@@ -16,7 +16,7 @@ from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import OutputError, RecipeError
 from quant_engine.journal import Journal, OutputFile
-from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.manifest import Manifest
 from quant_engine.model_card import licence, model_card
 from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
@@ -25,12 +25,15 @@ from quant_engine.quantizer import CHUNK_VALUES, quantize_weight
 from quant_engine.safetensors_file import (
     SafetensorsWriter,
     TensorSpec,
-    check_finite,
     index_json,
 )
-from quant_engine.source import ALLOWED_FILES, INDEX, Source, resolve
+from quant_engine.shards import DOWNLOADS, Shards, most_fetched, read_order
+from quant_engine.source import INDEX, SMALL_FILES, Source, peek
 
 _MADE_HERE = ("config.json", "README.md", INDEX)
+LARGEST_SCALE = 65504
+"""Of float16; a scale that would be larger is cut off there."""
+
 _MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -67,6 +70,7 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     keep_unfitting: bool = False,
+    keep_source: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = blueprint.MAX_SHARD_BYTES,
     progress: Progress = silent,
@@ -78,13 +82,18 @@ def convert(
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
     stays within a few pieces of 2^20 weights, whatever the model's size.
 
+    A repository's weights are fetched file by file, when they are needed, at one commit, and dropped when they are
+    not needed any more; with keep_source they go to Hugging Face's cache and stay. What is in that cache already is
+    used and left.
+
     The folder appears when it is whole; an exception, from `progress` too, leaves nothing. What a killed process
     left beside it is continued, from the last shard that was finished, by the same conversion of the same content,
-    and removed by another one. Raises a TurboQuantError that says what is wrong with source, recipe or output.
+    and removed by another one; so is what a lost network or a full disk stopped, of a repository. Raises a
+    TurboQuantError that says what is wrong with source, recipe or output.
     """
     started = time.perf_counter()
     recipe = config or QuantConfig()
-    origin = resolve(source, revision=revision, progress=progress)
+    origin = peek(source, revision=revision, progress=progress)
     target = Path(output).expanduser().absolute()
     if target.resolve() == origin.path.resolve():
         raise OutputError(f"{target} is the source itself; choose another output")
@@ -103,9 +112,13 @@ def convert(
         progress(0, sum(parameter.nbytes for parameter in found.values()), "reading the source for its hash")
     manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, origin.origin())
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
-    with atomic_folder(target, size_bytes=size, overwrite=overwrite, key=_key(manifest, drawn)) as folder:
-        journal = Journal(folder)
-        _write_weights(folder, journal, found, drawn, recipe, progress)
+    if not keep_source:
+        size += most_fetched(found, read_order(found, drawn.shards), origin.missing)
+    key, remote = _key(manifest, drawn), origin.repository is not None
+    with atomic_folder(target, size_bytes=size, overwrite=overwrite, key=key, keep=remote) as folder:
+        journal = Journal(folder, spare=DOWNLOADS)
+        meter = Meter(progress, sum(parameter.nbytes for parameter in found.values()))
+        _Weights(origin, found, drawn, recipe, meter).write(folder, journal, keep_source)
         _write_rest(folder, target.name, origin, drawn, manifest, dtype, extra)
         files = journal.close()
     weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
@@ -147,7 +160,11 @@ class Meter:
     def add(self, count: int, name: str) -> None:
         """Report `count` bytes more, and what is worked on."""
         self._done += count
-        self._progress(self._done, self._total, name)
+        self.say(name)
+
+    def say(self, what: str) -> None:
+        """Report what goes on while no bytes are done."""
+        self._progress(self._done, self._total, what)
 
 
 def _key(manifest: Manifest, drawn: Blueprint) -> str:
@@ -160,63 +177,81 @@ def _key(manifest: Manifest, drawn: Blueprint) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _write_weights(
-    folder: Path, journal: Journal, found: Parameters, drawn: Blueprint, recipe: QuantConfig, progress: Progress
-) -> None:
-    total = sum(parameter.nbytes for parameter in found.values())
-    meter = Meter(progress, total)
-    left = {file: specs for file, specs in drawn.shards.items() if file not in journal.finished}
-    if len(left) < len(drawn.shards):
-        names = {spec.name for specs in left.values() for spec in specs}
-        before = sum(parameter.nbytes for name, parameter in found.items() if name not in names)
-        finished = len(drawn.shards) - len(left)
-        meter.add(before, f"continuing: {finished} of {len(drawn.shards)} shards were finished before")
-    for file, specs in left.items():
-        with SafetensorsWriter(folder / file, specs) as writer:
-            for spec in specs:
-                path = spec.name.rpartition(".")[0]
-                if spec.name in drawn.kept:
-                    _copy(writer, found, spec, meter)
-                elif spec.name == f"{path}.weight":
-                    _quantize(writer, path, found, drawn.modules[path], recipe, meter)
-        journal.add(file)
-    if len(drawn.shards) > 1:
-        (folder / INDEX).write_text(index_json(drawn.shards))
-    progress(total, total, "weights written")
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a conversion, written shard by shard."""
+
+    source: Source
+    found: Parameters
+    drawn: Blueprint
+    recipe: QuantConfig
+    meter: Meter
+
+    def write(self, folder: Path, journal: Journal, keep_source: bool) -> None:
+        """Write the shards that are not finished yet."""
+        shards, found = self.drawn.shards, self.found
+        left = {file: specs for file, specs in shards.items() if file not in journal.finished}
+        order = read_order(found, left)
+        if len(left) < len(shards):
+            before = sum(parameter.nbytes for parameter in found.values()) - sum(found[name].nbytes for name in order)
+            finished = len(shards) - len(left)
+            self.meter.add(before, f"continuing: {finished} of {len(shards)} shards were finished before")
+        origin = Shards(self.source, found, order, folder / DOWNLOADS, keep=keep_source, say=self.meter.say)
+        for file, specs in left.items():
+            with SafetensorsWriter(folder / file, specs) as writer:
+                for name in read_order(found, {file: specs}):
+                    with origin.reading(name):
+                        self._write_parameter(writer, name)
+            journal.add(file)
+        origin.close()
+        if len(shards) > 1:
+            (folder / INDEX).write_text(index_json(shards))
+        self.meter.say("weights written")
+
+    def _write_parameter(self, writer: SafetensorsWriter, name: str) -> None:
+        if name in self.drawn.kept:
+            self._copy(writer, self.drawn.kept[name])
+        else:
+            self._quantize(writer, name.removesuffix(".weight"))
+
+    def _quantize(self, writer: SafetensorsWriter, path: str) -> None:
+        weight, entry = self.found[f"{path}.weight"], self.drawn.modules[path]
+        out, width = weight.matrix
+        step = max(1, CHUNK_VALUES // width)
+        for first in range(0, out, step):
+            last = min(first + step, out)
+            rows = self.found.rows(weight.name, first, last)
+            part = quantize_weight(rows, self.recipe, entry.bits)
+            _check_scales(part.scales, rows, path)
+            writer.write(f"{path}.weight", part.packed)
+            writer.write(f"{path}.scales", part.scales)
+            if part.residual is not None:
+                writer.write(f"{path}.qjl_signs", part.residual.signs)
+                writer.write(f"{path}.qjl_norms", part.residual.norms)
+            self.meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
+
+    def _copy(self, writer: SafetensorsWriter, spec: TensorSpec) -> None:
+        parameter = self.found[spec.name]
+        if parameter.stored and spec.dtype == parameter.stored.dtype:
+            for piece in self.found.pieces(spec.name):
+                writer.write(spec.name, piece)
+                self.meter.add(piece.nbytes, spec.name)
+            return
+        count, width = parameter.matrix
+        step = max(1, CHUNK_VALUES // max(1, width))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            writer.write(spec.name, cast_piece(self.found.rows(spec.name, first, last), spec))
+            self.meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
 
 
-def _quantize(
-    writer: SafetensorsWriter, path: str, found: Parameters, entry: ModuleEntry, recipe: QuantConfig, meter: Meter
-) -> None:
-    weight = found[f"{path}.weight"]
-    out, width = weight.matrix
-    step = max(1, CHUNK_VALUES // width)
-    for first in range(0, out, step):
-        last = min(first + step, out)
-        part = quantize_weight(found.rows(weight.name, first, last), recipe, entry.bits)
-        writer.write(f"{path}.weight", part.packed)
-        writer.write(f"{path}.scales", part.scales)
-        if part.residual is not None:
-            writer.write(f"{path}.qjl_signs", part.residual.signs)
-            writer.write(f"{path}.qjl_norms", part.residual.norms)
-        meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
-
-
-def _copy(writer: SafetensorsWriter, found: Parameters, spec: TensorSpec, meter: Meter) -> None:
-    parameter = found[spec.name]
-    info = parameter.stored
-    if info and spec.dtype == info.dtype:
-        for piece in info.chunks():
-            check_finite(piece, info)
-            writer.write(spec.name, piece)
-            meter.add(piece.nbytes, spec.name)
-        return
-    count, width = parameter.matrix
-    step = max(1, CHUNK_VALUES // max(1, width))
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        writer.write(spec.name, cast_piece(found.rows(spec.name, first, last), spec))
-        meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
+def _check_scales(scales: mx.array, rows: mx.array, path: str) -> None:
+    """Raise RecipeError where weights are too large for their scales."""
+    if scales.max() >= LARGEST_SCALE:
+        raise RecipeError(
+            f"{path} has weights up to {mx.abs(rows).max().item():.3g}, which float16 scales cannot hold; leave it "
+            f'whole (skip "{path}"), or download the model again if it should have none'
+        )
 
 
 def cast_piece(values: mx.array, spec: TensorSpec) -> mx.array:
@@ -232,8 +267,8 @@ def cast_piece(values: mx.array, spec: TensorSpec) -> mx.array:
 
 def extra_files(source: Source) -> list[Path]:
     """Tokenizer, generation settings and chat templates, which are copied as they are."""
-    found = {file for pattern in ALLOWED_FILES for file in source.path.glob(pattern) if file.is_file()}
-    return sorted(f for f in found if f.name not in _MADE_HERE and f.suffix != ".safetensors")
+    found = {file for pattern in SMALL_FILES for file in source.path.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name not in _MADE_HERE)
 
 
 def _write_rest(

@@ -9,6 +9,10 @@ class SourceError(TurboQuantError):
     """The model cannot be reached: missing path, no network, or not a model at all."""
 
 
+class DownloadError(SourceError):
+    """The network was lost on the way. What came and what was made of it is kept: the same work goes on from there."""
+
+
 class UnsafeModelError(TurboQuantError):
     """The model asks for code to be run, or is stored in a format that can run code."""
 

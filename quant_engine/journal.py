@@ -28,14 +28,16 @@ class Journal:
     """The finished files of a folder, by name: those that a run before this one noted, and those of this one.
 
     Opening it reads the files noted before and keeps those of the size and hash noted; all else that is in the folder
-    is deleted.
+    is deleted, but for the folder `spare`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spare: str | None = None) -> None:
         self._folder, self._path = folder, folder / JOURNAL
         self.finished: dict[str, OutputFile] = {}
         noted = _read(self._path)
         for path in sorted(folder.iterdir()):
+            if path.is_dir() and path.name == spare:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif _unchanged(path, noted.get(path.name)):

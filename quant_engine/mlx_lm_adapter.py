@@ -25,6 +25,9 @@ from quant_engine.yarn import frequencies
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that read the same input, in the models mlx-lm has."""
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Settings of every model that none has at zero."""
+
 
 Weights = dict[str, mx.array]
 
@@ -82,9 +85,12 @@ def _explained(config: Mapping[str, Any]) -> Generator[None]:
         )
     try:
         yield
-    except (TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+        zero = [f"{key} 0" for key, value in config.items() if value == 0 and key in _SIZES]
+        lacking = f"it lacks {error}" if isinstance(error, KeyError) else ""
+        reason = ", ".join(zero) or lacking or str(error) or type(error).__name__
         raise CorruptCheckpointError(
-            f"config.json does not describe a {model_type} model as mlx-lm has it: {error}; download it again, or, if "
+            f"config.json does not describe a {model_type} model as mlx-lm has it: {reason}; download it again, or, if "
             "it is whole, update mlx-lm"
         ) from error
 

@@ -9,11 +9,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant_engine.errors import OutputError
+from quant_engine.errors import DownloadError, OutputError
 
 _PARTIAL, _REPLACED = "partial", "replaced"
 _MARGIN_BYTES = 16_000_000
-_DISK = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file got too large",
     errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the disk is read-only",
     errno.ENAMETOOLONG: "the name is too long",
@@ -21,14 +21,17 @@ _DISK = {
 
 
 @contextmanager
-def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False, key: str | None = None) -> Generator[Path]:
+def atomic_folder(
+    output: Path, *, size_bytes: int, overwrite: bool = False, key: str | None = None, keep: bool = False
+) -> Generator[Path]:
     """A folder beside `output` to write in; it takes output's name when the block ends without an exception.
 
     size_bytes: what will be in it, checked against the free space first. key: letters and digits that stand for
     what is made; where a killed process left an unfinished folder of the same output and key, the block gets that
     one, as it was left. Otherwise the folder is new and empty, and what was left is removed, as it is at once after
-    an exception. A folder that is being overwritten stays until the new one is whole. Raises OutputError where output
-    exists (unless overwrite), cannot be written or does not fit.
+    an exception. keep: leave it, as after a kill, where a download stopped or the disk failed. A folder that is being
+    overwritten stays until the new one is whole. Raises OutputError where output exists (unless overwrite), cannot be
+    written or does not fit.
     """
     with _disk_errors(output):
         check_target(output, overwrite)
@@ -41,6 +44,13 @@ def atomic_folder(output: Path, *, size_bytes: int, overwrite: bool = False, key
             yield folder
             sync_files(folder)
             _take_place(folder, output, overwrite)
+        except (DownloadError, OutputError, OSError) as error:
+            if not keep or not any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                advice = "what was finished is kept: free space, then run it again, it continues"
+                raise _cannot_write(output, error, advice) from error
+            raise
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -63,12 +73,14 @@ def _disk_errors(output: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in DISK_ERRORS:
             raise
-        raise OutputError(
-            f"cannot write {output}: {_DISK[error.errno]}; nothing was left there: free space or choose "
-            "another place, then run it again"
-        ) from error
+        advice = "nothing was left there: free space or choose another place, then run it again"
+        raise _cannot_write(output, error, advice) from error
+
+
+def _cannot_write(output: Path, error: OSError, advice: str) -> OutputError:
+    return OutputError(f"cannot write {output}: {DISK_ERRORS[error.errno or 0]}; {advice}")
 
 
 def check_target(output: Path, overwrite: bool) -> None:
@@ -140,7 +152,7 @@ def _make(output: Path, key: str | None) -> tuple[Path, int]:
 
 def _held_bytes(folder: Path) -> int:
     """What the files in a folder take on the disk now; a file with holes takes less than its size."""
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def _lock(folder: Path) -> int | None:

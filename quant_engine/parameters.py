@@ -7,17 +7,20 @@ it hands through untouched is read from its file piece by piece, what it makes i
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
+from quant_engine.lineage import lineage
 from quant_engine.manifest import METHOD
-from quant_engine.safetensors_file import FLOATS, SIZES, TensorInfo
+from quant_engine.safetensors_file import FLOATS, SIZES, TensorInfo, check_finite
 
 _DTYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
@@ -45,7 +48,8 @@ class Packing:
         block = _quantization(config)
         if not block:
             return None
-        method = str(block.get("quant_method") or block.get("mode") or "affine")
+        algorithm = block.get("quant_algo")
+        method = str(block.get("quant_method") or block.get("mode") or algorithm or "affine")
         if method == METHOD:
             raise UnsupportedModelError(
                 "this model was converted by TurboQuant already; run it as it is, or convert the "
@@ -57,8 +61,9 @@ class Packing:
             return None  # Where mlx-lm undoes it; `Parameters` refuses what stays.
         mode = str(block.get("mode", "affine"))
         if method not in _MODES or mode not in _MODES or "bits" not in block or "group_size" not in block:
+            named = f"{method}, {algorithm}" if algorithm and algorithm != method else method
             raise UnsupportedModelError(
-                f"this model is quantized already ({method}), in a way that is not undone here; give the original "
+                f"this model is quantized already ({named}), in a way that is not undone here; give the original "
                 f"model in float16, bfloat16 or float32, or one quantized by MLX ({', '.join(_MODES)})"
             )
         return cls(block["bits"], block["group_size"], mode)
@@ -87,7 +92,7 @@ class Parameter:
     """A parameter of the model: its name there, the dtype of its values by its name in the file format, and its shape.
 
     stored: where it lies, if it is in a file as it is. packing: how it is quantized there, None where it is not.
-    nbytes: what the checkpoint holds for it.
+    nbytes: what the checkpoint holds for it. files: those that it is read or computed from.
     """
 
     name: str
@@ -96,6 +101,13 @@ class Parameter:
     stored: TensorInfo | None
     packing: Packing | None
     nbytes: int
+    files: frozenset[Path]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the arrays that hold it."""
+        path = self.name.rpartition(".")[0]
+        return (self.name, f"{path}.scales", f"{path}.biases") if self.packing else (self.name,)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -106,18 +118,25 @@ class Parameter:
 class Parameters(Mapping[str, Parameter]):
     """The parameters by name. `unused`: tensors of the checkpoint that the model has no use for.
 
-    Made from headers alone; values are read by `rows`. Raises UnsupportedModelError for weights that are quantized in a
-    way that is not undone here, CorruptCheckpointError where tensors are missing that mlx-lm needs.
+    Made from headers alone; values are read by `rows` and `pieces`. Those of the first files come first, so that
+    whoever reads them in order needs few files at a time. Raises UnsupportedModelError for weights that are quantized
+    in a way that is not undone here, CorruptCheckpointError where tensors are missing that mlx-lm needs.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self._config, self._tensors = config, tensors
         packing = Packing.of(config)
-        blanks = {name: mx.zeros(info.shape, _computing(info)) for name, info in tensors.items()}
+        marks = {info.path: mx.zeros(()) for info in tensors.values()}
+        blanks = {
+            name: mx.broadcast_to(marks[info.path].astype(_computing(info)), info.shape)
+            for name, info in tensors.items()
+        }
         origins = {id(blank): tensors[name] for name, blank in blanks.items()}
         made = sanitized(config, blanks)
         handed_on = {origins[id(array)].name for array in made.values() if id(array) in origins}
         self.unused = self._unused(blanks, set(made), set(tensors) - handed_on)
+        self._check_float8(blanks)
+        files = _files(made, origins, marks)
         self._parameters: dict[str, Parameter] = {}
         for name, array in made.items():
             path, _, part = name.rpartition(".")
@@ -126,17 +145,14 @@ class Parameters(Mapping[str, Parameter]):
             stored, scales = origins.get(id(array)), made.get(f"{path}.scales")
             if packing and part == "weight" and array.dtype == mx.uint32 and scales is not None:
                 own = packing.for_module(path, config)
-                self._parameters[name] = _packed(name, array, scales, made.get(f"{path}.biases"), own)
+                parts = frozenset[Path]().union(*(files.get(f"{path}.{p}", ()) for p in ("weight", "scales", "biases")))
+                self._parameters[name] = _packed(name, array, scales, made.get(f"{path}.biases"), own, parts)
                 continue
-            if stored and stored.dtype.startswith("F8"):
-                raise UnsupportedModelError(
-                    f"tensor {stored.name} is {stored.dtype}, which mlx-lm does not undo for this architecture; give "
-                    "the original model in float16, bfloat16 or float32"
-                )
             dtype = stored.dtype if stored else _NAMES[array.dtype]
-            self._parameters[name] = Parameter(name, dtype, array.shape, stored, None, array.size * SIZES[dtype])
-        self._waiting: dict[str, mx.array] = {}
-        self._current: tuple[str, list[mx.array]] = ("", [])
+            nbytes = array.size * SIZES[dtype]
+            self._parameters[name] = Parameter(name, dtype, array.shape, stored, None, nbytes, files[name])
+        self._parameters = _by_file(self._parameters)
+        self.use({info.path: info.path for info in tensors.values()})
 
     def __getitem__(self, name: str) -> Parameter:
         return self._parameters[name]
@@ -147,6 +163,25 @@ class Parameters(Mapping[str, Parameter]):
     def __len__(self) -> int:
         return len(self._parameters)
 
+    def use(self, places: Mapping[Path, Path]) -> None:
+        """Read what comes next from these files, and let go of all others.
+
+        places: where each is now, by the path that its tensors name. At first, all are where their tensors say.
+        """
+        self._places = dict(places)
+        self._waiting: dict[str, mx.array] = {}
+        self._current: tuple[str, list[mx.array]] = ("", [])
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a parameter that is `stored`, as they are there, in pieces of at most 16 MB.
+
+        Raises CorruptCheckpointError for NaN or infinite values.
+        """
+        info = self._at_hand(self[name])
+        for piece in info.chunks():
+            check_finite(piece, info)
+            yield piece
+
     def rows(self, name: str, first: int, last: int) -> mx.array:
         """Rows [first, last) of a parameter as a matrix (see `Parameter.matrix`), float, dequantized.
 
@@ -154,7 +189,7 @@ class Parameters(Mapping[str, Parameter]):
         """
         parameter = self[name]
         if parameter.stored and parameter.packing is None:
-            return parameter.stored.rows(first, last)
+            return self._at_hand(parameter).rows(first, last)
         arrays = [array[first:last] for array in self._arrays(parameter)]
         if parameter.packing is None:
             values = arrays[0]
@@ -172,33 +207,59 @@ class Parameters(Mapping[str, Parameter]):
         """The arrays of a computed or packed parameter as matrices; those of the last one asked for are kept."""
         if self._current[0] != parameter.name:
             self._current = ("", [])
-            path = parameter.name.rpartition(".")[0]
-            names = [parameter.name]
-            if parameter.packing:
-                names += [f"{path}.scales", f"{path}.biases"]
             if not self._waiting.keys() >= {parameter.name}:
                 self._waiting = self._compute()
-            arrays = [self._waiting.pop(name) for name in names if name in self._waiting]
+            arrays = [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
             matrices = [array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in arrays]
             mx.eval(matrices)
             self._current = (parameter.name, matrices)
         return self._current[1]
 
+    def _at_hand(self, parameter: Parameter) -> TensorInfo:
+        info = cast(TensorInfo, parameter.stored)
+        return replace(info, path=self._places[info.path])
+
     def _compute(self) -> dict[str, mx.array]:
-        """Every parameter that is not read from its file piece by piece, to be computed when it is evaluated."""
-        loaded: dict[str, mx.array] = {}
-        for path in sorted({info.path for info in self._tensors.values()}, key=Path.as_posix):
-            loaded |= cast(dict[str, mx.array], mx.load(str(path)))
-        loaded = {name: array.astype(_computing(self._tensors[name])) for name, array in loaded.items()}
-        read = {p.name for p in self._parameters.values() if p.stored and p.packing is None}
-        return {name: array for name, array in sanitized(self._config, loaded).items() if name not in read}
+        """Every parameter that the files in use suffice for and that is not read from them piece by piece, to be
+        computed when it is evaluated."""
+        held: dict[str, mx.array] = {}
+        for place in sorted(self._places.values()):
+            held |= cast(dict[str, mx.array], mx.load(str(place)))
+        loaded = {
+            name: held[name].astype(_computing(info)) if name in held else mx.zeros(info.shape, _computing(info))
+            for name, info in self._tensors.items()
+        }
+        made = sanitized(self._config, loaded)
+        ready = {
+            part
+            for p in self._parameters.values()
+            if p.files <= self._places.keys() and not (p.stored and p.packing is None)
+            for part in p.parts
+        }
+        return {name: array for name, array in made.items() if name in ready}
 
     def _unused(self, blanks: Mapping[str, mx.array], made: set[str], doubtful: set[str]) -> set[str]:
         """Those of `doubtful` without which mlx-lm makes the same parameters, tried kind by kind (numbers aside)."""
-        kinds: dict[str, set[str]] = {}
-        for name in doubtful:
-            kinds.setdefault(re.sub(r"\d+", "#", name), set()).add(name)
-        return {name for names in kinds.values() if self._makes(blanks, names) == made for name in names}
+        return {name for names in _kinds(doubtful) if self._makes(blanks, names) == made for name in names}
+
+    def _check_float8(self, blanks: Mapping[str, mx.array]) -> None:
+        """Raise UnsupportedModelError for tensors of 8-bit floats that mlx-lm hands on or takes for integers.
+
+        MLX holds them as integers. Where mlx-lm undoes them, it refuses to undo any other dtype.
+        """
+        used = {name for name, info in self._tensors.items() if info.dtype in ("F8_E4M3", "F8_E5M2")} - self.unused
+        for names in _kinds(used):
+            first = self._tensors[min(names)]
+            others = {name: blanks[name].astype(mx.bfloat16) for name in names}
+            try:
+                adapter.sanitize(self._config, {**blanks, **others})
+            except ValueError:
+                if first.dtype == "F8_E4M3":  # the one that MLX knows
+                    continue
+            raise UnsupportedModelError(
+                f"tensor {first.name} is {first.dtype}, which mlx-lm does not undo for this architecture; give "
+                "the original model in float16, bfloat16 or float32"
+            )
 
     def _makes(self, blanks: Mapping[str, mx.array], without: set[str]) -> set[str]:
         try:
@@ -207,16 +268,49 @@ class Parameters(Mapping[str, Parameter]):
             return set()
 
 
+def _files(
+    made: Mapping[str, mx.array], origins: Mapping[int, TensorInfo], marks: Mapping[Path, mx.array]
+) -> dict[str, frozenset[Path]]:
+    """The files that each of `made` is read or computed from; what it is computed from depends on its file's mark."""
+    read = {name: frozenset({origins[id(array)].path}) for name, array in made.items() if id(array) in origins}
+    paths = {path.name: path for path in marks}
+    needs = lineage(
+        {name: array for name, array in made.items() if name not in read},
+        {name: marks[path] for name, path in paths.items()},
+    )
+    return read | {name: frozenset(paths[file] for file in files) for name, files in needs.items()}
+
+
+def _kinds(names: Iterable[str]) -> list[set[str]]:
+    """Names that differ in numbers only, together."""
+    kinds: dict[str, set[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(re.sub(r"\d+", "#", name), set()).add(name)
+    return list(kinds.values())
+
+
 def _computing(info: TensorInfo) -> mx.Dtype:
     """The dtype that mlx-lm gets a tensor in: vectors in float32, so that a norm's "one plus" does not round."""
     return mx.float32 if len(info.shape) == 1 and info.dtype in FLOATS else _DTYPES[info.dtype]
 
 
-def _packed(name: str, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Packing) -> Parameter:
+def _by_file(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """In the order of the last file that each needs, then of the first, so that files can be let go of early."""
+
+    def order(item: tuple[str, Parameter]) -> tuple[str, str]:
+        names = sorted(path.name for path in item[1].files) or [""]
+        return names[-1], names[0]
+
+    return dict(sorted(parameters.items(), key=order))
+
+
+def _packed(
+    name: str, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Packing, files: frozenset[Path]
+) -> Parameter:
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // packing.bits)
     dtype = _NAMES[scales.dtype] if packing.mode == "affine" else "BF16"
     nbytes = weight.nbytes + scales.nbytes + (0 if biases is None else biases.nbytes)
-    return Parameter(name, dtype, shape, None, packing, nbytes)
+    return Parameter(name, dtype, shape, None, packing, nbytes, files)
 
 
 def sanitized(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -228,7 +322,8 @@ def sanitized(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dic
         return adapter.sanitize(config, weights)
     except KeyError as error:
         raise CorruptCheckpointError(
-            f"the weights lack {error}, which this architecture needs; download the model again, whole"
+            f"the weights lack {error}, which the model in config.json has; if its numbers of layers and experts are "
+            "right, download the model again, whole"
         ) from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(

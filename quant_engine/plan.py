@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import mlx.core as mx
 import psutil
 
 from quant_engine import blueprint
 from quant_engine.config import QuantConfig
-from quant_engine.errors import InputError, SourceError
+from quant_engine.errors import InputError
 from quant_engine.parameters import Parameters
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import quantize_weight
-from quant_engine.safetensors_file import TensorInfo
-from quant_engine.source import check_files, check_no_code, hub_listing, is_repository, read_json, resolve
+from quant_engine.shards import most_fetched, read_order
+from quant_engine.source import INDEX, peek
 
 CACHES = ((16, 16), (8, 8), (8, 4), (4, 4), (3, 3))
 """Bits of keys and values that are compared; 16 is full precision."""
@@ -35,7 +34,8 @@ USABLE = 0.9
 class PlanRow:
     """One recipe.
 
-    size_bytes: of the safetensors files, exact. compression: how many times smaller than the source.
+    size_bytes: of the safetensors files, exact. disk_bytes: what converting takes at most: these files, and what of a
+    repository's weights is fetched at a time. compression: how many times smaller than the source.
     memory_bytes: to run it, weights, a float16 cache of the plan's context and RUNTIME_BYTES. fits: whether
     that is at most 90 % of the memory available now.
     """
@@ -44,6 +44,7 @@ class PlanRow:
     group_size: int
     bits_per_weight: float
     size_bytes: int
+    disk_bytes: int
     compression: float
     memory_bytes: int
     fits: bool
@@ -63,7 +64,8 @@ class Plan:
     """What becomes of a model at each width, and what to choose on this machine.
 
     memory_to_convert_bytes: what converting takes at most, seconds_to_convert: about how long, as fast as a sample of
-    weights was quantized just now, without the download. available_memory_bytes, total_memory_bytes: this
+    weights was quantized just now, without the download. download_bytes: of weights that are not on this machine yet;
+    they are fetched while they are converted. available_memory_bytes, total_memory_bytes: this
     machine's. recommended_bits: 0 where none fits; reason: in a sentence.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     parameters: int
     quantized_parameters: int
     source_size_bytes: int
+    download_bytes: int
     context: int
     memory_to_convert_bytes: int
     seconds_to_convert: float
@@ -87,17 +90,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Headers:
-    """What is known of a model without reading its weights."""
-
-    name: str
-    revision: str | None
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    size_bytes: int
 
 
 def plan(
@@ -121,7 +113,7 @@ def plan(
         raise InputError("no bits to plan for; give one or more of 2, 3, 4")
     if type(context) is not int or context < 1:
         raise InputError(f"a context of {context!r} tokens; it must be a positive whole number")
-    found = _headers(source, revision, progress)
+    found = peek(source, revision=revision, files=("config.json", INDEX), progress=progress)
     parameters = Parameters(found.config, found.tensors)
     drawn = {
         b: blueprint.draw(
@@ -134,7 +126,17 @@ def plan(
     }
     caches = [PlanCache(k, v, cache_bytes(found.config, context, k, v)) for k, v in CACHES]
     memory = psutil.virtual_memory()
-    rows = [_row(b, group_size, d, found.size_bytes, caches[0].cache_bytes, memory.available) for b, d in drawn.items()]
+    rows = [
+        _row(
+            QuantConfig(bits=b, group_size=group_size),
+            d,
+            most_fetched(parameters, read_order(parameters, d.shards), found.missing),
+            found.size_bytes,
+            caches[0].cache_bytes,
+            memory.available,
+        )
+        for b, d in drawn.items()
+    ]
     recommended, reason = _recommend(rows, context, memory.available)
     first = next(iter(drawn.values()))
     return Plan(
@@ -144,6 +146,7 @@ def plan(
         parameters=first.parameters,
         quantized_parameters=first.quantized_parameters,
         source_size_bytes=found.size_bytes,
+        download_bytes=sum(found.missing.values()),
         context=context,
         memory_to_convert_bytes=RUNTIME_BYTES
         + 2 * max((p.nbytes for p in parameters.values() if not p.stored), default=0),
@@ -194,41 +197,20 @@ def conversion_rate(rows: int = 1024, width: int = 1024) -> float:
     return sample.nbytes / min(times)
 
 
-def _headers(ref: str | Path, revision: str | None, progress: Progress) -> _Headers:
-    """Headers of a local model, or of a repository over the network; the cached copy where there is none."""
-    if isinstance(ref, str) and is_repository(ref):
-        try:
-            return _remote(ref, revision)
-        except ConnectionError:
-            progress(0, 1, f"no network: looking for a copy of {ref} downloaded before")
-    found = resolve(ref, revision=revision, progress=progress)
-    return _Headers(found.name, found.revision, found.config, found.tensors, found.size_bytes)
-
-
-def _remote(repo: str, revision: str | None) -> _Headers:
-    commit, files = hub_listing(repo, revision)
-    check_files(list(files), repo)
-    try:
-        config = read_json(Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=commit)))
-        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
-    except huggingface_hub.errors.SafetensorsParsingError as error:
-        raise SourceError(f"the weights of {repo} cannot be read ({error}); it may be damaged") from error
-    check_no_code(config, "config.json")
-    tensors = {
-        name: TensorInfo(Path(file), name, info.dtype, tuple(info.shape), *info.data_offsets)
-        for file, held in metadata.files_metadata.items()
-        for name, info in held.tensors.items()
-    }
-    return _Headers(repo, commit, config, tensors, sum(files[file] for file in metadata.files_metadata))
-
-
 def _row(
-    bits: int, group_size: int, drawn: blueprint.Blueprint, source_bytes: int, cache: int, available: int
+    recipe: QuantConfig, drawn: blueprint.Blueprint, fetched: int, source_bytes: int, cache: int, available: int
 ) -> PlanRow:
     size = drawn.size_bytes
     memory = size + cache + RUNTIME_BYTES
     return PlanRow(
-        bits, group_size, drawn.bits_per_weight, size, source_bytes / size, memory, memory <= USABLE * available
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        bits_per_weight=drawn.bits_per_weight,
+        size_bytes=size,
+        disk_bytes=size + fetched,
+        compression=source_bytes / size,
+        memory_bytes=memory,
+        fits=memory <= USABLE * available,
     )
 
 

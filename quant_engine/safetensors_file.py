@@ -124,8 +124,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _corrupt(path, f"its {size} bytes cannot hold a header of {length}")
         text = file.read(length)
     header = _parse(path, text)
-    data = 8 + length
-    tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items() if name != "__metadata__"}
+    return check_header(path, {n: entry for n, entry in header.items() if n != "__metadata__"}, 8 + length, size)
+
+
+def check_header(path: Path, entries: Mapping[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+    """The tensors that a header's entries state, of a file of `size` bytes whose tensors begin at byte `data`.
+
+    The file itself is not read. Raises CorruptCheckpointError as `read_header` does.
+    """
+    tensors = {name: _tensor(path, name, entry, data) for name, entry in entries.items()}
     _check_coverage(path, list(tensors.values()), data, size)
     return tensors
 

@@ -1,25 +1,16 @@
 """Where a model comes from: a local folder or a repository on the Hugging Face Hub, checked before it is used."""
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from quant_engine.errors import (
     CorruptCheckpointError,
@@ -28,19 +19,29 @@ from quant_engine.errors import (
     UnsupportedModelError,
 )
 from quant_engine.manifest import Manifest
+from quant_engine.near import near
 from quant_engine.progress import Progress, silent
+from quant_engine.repository import Repository
 from quant_engine.safetensors_file import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
-ALLOWED_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", INDEX, "README.md",
+WEIGHTS = "model*.safetensors"
+SMALL_FILES = (
+    "config.json", "generation_config.json", INDEX, "README.md",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What is fetched from a repository: weights, tokenizer, settings and card. Never code, never pickles."""
+"""What is fetched from a repository beside its weights: tokenizer, settings and card."""
+
+ALLOWED_FILES = (WEIGHTS, *SMALL_FILES)
+"""What is fetched from a repository at all. Never code, never pickles."""
+
+Headers = Callable[[Sequence[str]], Mapping[str, Mapping[str, TensorInfo]]]
+"""Gives the tensors of safetensors files by file and name."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -49,7 +50,8 @@ class Source:
     """A model that was found and whose files are whole.
 
     path: its folder. name: for people. repo and revision (a commit): where it came from the Hub. config:
-    config.json as it is. tensors: by name, from headers that were checked.
+    config.json as it is. tensors: by name, from headers that were checked. repository: where weights that are not
+    on this machine can be fetched, None where all are here.
     """
 
     path: Path
@@ -58,16 +60,30 @@ class Source:
     revision: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    repository: Repository | None = None
 
     @property
     def shards(self) -> tuple[Path, ...]:
         """The safetensors files."""
-        return tuple(dict.fromkeys(info.path for info in self.tensors.values()))
+        return tuple(self.shard_bytes)
+
+    @cached_property
+    def shard_bytes(self) -> dict[Path, int]:
+        """Bytes of each of the safetensors files, on this machine or not."""
+        sizes: dict[Path, int] = {}
+        for info in self.tensors.values():
+            sizes[info.path] = max(info.end, sizes.get(info.path, 0))
+        return sizes
+
+    @property
+    def missing(self) -> dict[Path, int]:
+        """Those that are not on this machine now, with their bytes."""
+        return {path: size for path, size in self.shard_bytes.items() if not path.exists()}
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the safetensors files."""
-        return sum(shard.stat().st_size for shard in self.shards)
+        return sum(self.shard_bytes.values())
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
@@ -108,9 +124,36 @@ def resolve(ref: str | Path, *, revision: str | None = None, progress: Progress 
     if folder.exists():
         return open_folder(folder)
     if isinstance(ref, Path) or not is_repository(ref):
-        raise SourceError(f"no model at {ref}{_near(folder)}; give a folder, or a Hub repository as owner/name")
-    path, commit = _download(ref, revision, progress)
-    return open_folder(path, repo=ref, revision=commit)
+        raise SourceError(f"no model at {ref}{near(folder)}; give a folder, or a Hub repository as owner/name")
+    try:
+        found = Repository.find(ref, revision)
+    except ConnectionError as error:
+        return _cached(ref, revision, error, progress)
+    check_files(list(found.sizes), ref)
+    progress(0, 1, f"downloading {ref} at {found.commit[:12]}")
+    path = found.download(ALLOWED_FILES)
+    progress(1, 1, f"downloaded {ref}")
+    return open_folder(path, repo=ref, revision=found.commit)
+
+
+def peek(
+    ref: str | Path, *, revision: str | None = None, files: Sequence[str] = SMALL_FILES, progress: Progress = silent
+) -> Source:
+    """As `resolve`, but of a repository's weights only headers are fetched, and of its other files those in `files`.
+
+    The tensors are where Hugging Face's cache has the weights, or would have them: see `Source.repository`.
+    """
+    if not isinstance(ref, str) or not is_repository(ref):
+        return resolve(ref, revision=revision, progress=progress)
+    try:
+        found = Repository.find(ref, revision)
+    except ConnectionError as error:
+        return _cached(ref, revision, error, progress)
+    check_files(list(found.sizes), ref)
+    progress(0, 1, f"reading the headers of {ref} at {found.commit[:12]}")
+    folder = found.download(files)
+    source = _read(folder, set(found.sizes), lambda shards: found.headers(shards, folder))
+    return replace(source, name=ref, repo=ref, revision=found.commit, repository=found)
 
 
 def is_repository(ref: str) -> bool:
@@ -121,17 +164,26 @@ def is_repository(ref: str) -> bool:
 def open_folder(folder: Path, *, repo: str | None = None, revision: str | None = None) -> Source:
     """The model in a folder, its files checked. Raises as `resolve` does."""
     if not folder.is_dir():
+        if folder.name.lower().endswith((".gguf", *_PICKLES)):
+            _explain_no_weights([folder.name], str(folder.parent))
         raise SourceError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     check_files([file.name for file in folder.iterdir()], str(folder))
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    found = _read(folder, present, lambda shards: {shard: read_header(folder / shard) for shard in shards})
+    return replace(found, name=repo or found.name, repo=repo, revision=revision)
+
+
+def _read(folder: Path, present: set[str], headers: Headers) -> Source:
+    """The model in a folder, where the weights named in `present` are, or will be."""
     config = read_json(folder / "config.json")
     check_no_code(config, "config.json")
     if (folder / "tokenizer_config.json").exists():
         check_no_code(read_json(folder / "tokenizer_config.json"), "tokenizer_config.json")
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, present, headers)
     manifest = Manifest.from_config(config)
     if manifest is not None:
         manifest.check_tensors({name: (info.dtype, info.shape) for name, info in tensors.items()})
-    return Source(folder, repo or folder.resolve().name, repo, revision, config, tensors)
+    return Source(folder, folder.resolve().name, None, None, config, tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,6 +204,11 @@ def check_files(names: list[str], where: str) -> None:
     weights = any(_is_weights(name) for name in names)
     if not weights:
         _explain_no_weights(names, where)
+    if adapter := next((name for name in names if name in _ADAPTERS), None):
+        raise SourceError(
+            f"{where} has an adapter ({adapter}) beside the model's weights, which would be left out; merge it first "
+            "(mlx_lm.fuse, or PEFT's merge_and_unload), or give a folder without it where it is merged already"
+        )
     if "config.json" not in names:
         raise SourceError(f"{where} has weights but no config.json; copy it from the model's repository")
 
@@ -164,7 +221,7 @@ def _explain_no_weights(names: list[str], where: str) -> None:
     def ending(*suffixes: str) -> str:
         return next((name for name in sorted(names) if name.lower().endswith(suffixes)), "")
 
-    if any(name in ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors") for name in names):
+    if any(name in _ADAPTERS for name in names):
         raise SourceError(
             f"{where} holds an adapter, not a model; merge it into its base first (mlx_lm.fuse, or "
             "PEFT's merge_and_unload), then give the merged folder"
@@ -200,15 +257,16 @@ def check_no_code(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def _tensors(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of a folder, checked against its index if it has one."""
+def _tensors(folder: Path, present: set[str], headers: Headers) -> dict[str, TensorInfo]:
+    """All tensors of the files in `present`, checked against the folder's index if it has one."""
     listed = _index(folder)
-    files = sorted(set(listed.values())) or sorted(f.name for f in folder.iterdir() if _is_weights(f.name))
-    tensors: dict[str, TensorInfo] = {}
+    files = sorted(set(listed.values())) or sorted(filter(_is_weights, present))
     for file in files:
-        if not (folder / file).is_file():
+        if file not in present:
             raise CorruptCheckpointError(f"{INDEX} lists {file}, which is missing; download it again")
-        for name, info in read_header(folder / file).items():
+    tensors: dict[str, TensorInfo] = {}
+    for file, held in headers(files).items():
+        for name, info in held.items():
             if name in tensors:
                 raise CorruptCheckpointError(
                     f"tensor {name} is in {tensors[name].path.name} and in {file}; download the model again"
@@ -234,68 +292,10 @@ def _index(folder: Path) -> dict[str, str]:
     return cast(dict[str, str], listed)
 
 
-def _near(missing: Path) -> str:
-    """Names in the nearest folder that exists which look like the missing one."""
-    parent = missing.absolute().parent
-    if not parent.is_dir():
-        return f" (there is no folder {parent} either)"
-    folders = [entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    near = difflib.get_close_matches(missing.name, folders, n=3, cutoff=0.4)
-    return f" (did you mean {', '.join(str(parent / name) for name in near)}?)" if near else ""
-
-
-def hub_listing(repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """The commit that `revision` stands for, and the sizes in bytes of a repository's files by name.
-
-    Raises SourceError where it cannot be reached or does not exist, ConnectionError without network.
-    """
-    try:
-        info = huggingface_hub.model_info(repo, revision=revision, files_metadata=True)
-    except GatedRepoError as error:
-        raise SourceError(f"{repo} needs its licence accepted on its page, then `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{repo} has no revision {revision!r}; give a branch, tag or commit of it") from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"no repository {repo} on the Hub, or it is private (`hf auth login`), and no folder of "
-            f"that name{_near(Path(repo))}; check the spelling"
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"{repo!r} is no repository name: {error}") from error
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError(str(error)) from error
-    except HfHubHTTPError as error:
-        raise SourceError(f"the Hub answered for {repo}: {error}; try again later") from error
-    except Exception as error:
-        if _is_network(error):
-            raise ConnectionError(str(error)) from error
-        raise
-    return cast(str, info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
-
-
-def _is_network(error: BaseException) -> bool:
-    """Connection and time-out errors of the HTTP client that huggingface_hub uses, whichever that is."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, OSError) or bool(kinds & {"TransportError", "ConnectionError", "Timeout"})
-
-
-def _download(repo: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
-    """The folder and commit of a repository in Hugging Face's cache, fetched if need be."""
-    try:
-        commit, files = hub_listing(repo, revision)
-    except ConnectionError as error:
-        return _cached(repo, revision, error, progress)
-    check_files(list(files), repo)
-    progress(0, 1, f"downloading {repo} at {commit[:12]}")
-    try:
-        path = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=list(ALLOWED_FILES)))
-    except (OSError, HfHubHTTPError) as error:
-        raise SourceError(f"the download of {repo} stopped: {error}; run it again, it continues") from error
-    progress(1, 1, f"downloaded {repo}")
-    return path, commit
-
-
-def _cached(repo: str, revision: str | None, offline: ConnectionError, progress: Progress) -> tuple[Path, str]:
+def _cached(repo: str, revision: str | None, offline: ConnectionError, progress: Progress) -> Source:
+    """The copy of a repository in Hugging Face's cache."""
+    advice = "connect, set HF_ENDPOINT to a mirror, or give the path of a folder that was downloaded before"
+    cannot = f"the Hub cannot be reached ({offline}); {advice}"
     try:
         path = Path(
             huggingface_hub.snapshot_download(
@@ -303,9 +303,10 @@ def _cached(repo: str, revision: str | None, offline: ConnectionError, progress:
             )
         )
     except (LocalEntryNotFoundError, FileNotFoundError) as error:
-        raise SourceError(
-            f"no folder {repo}{_near(Path(repo))}, and the Hub cannot be reached ({offline}); connect, set "
-            "HF_ENDPOINT to a mirror, or give the path of a folder that was downloaded before"
-        ) from error
+        raise SourceError(f"no folder {repo}{near(Path(repo))}, and {cannot}") from error
+    try:
+        found = open_folder(path, repo=repo, revision=path.name)
+    except (SourceError, CorruptCheckpointError) as error:
+        raise SourceError(f"the copy of {repo} on this machine is not whole ({error}), and {cannot}") from error
     progress(1, 1, f"no network: using the copy of {repo} downloaded before")
-    return path, path.name
+    return found

@@ -18,26 +18,37 @@ OURS = re.compile(r"[0-9a-f]{32}")
 
 
 @contextmanager
-def slot(layout: Layout, final: Path, in_use: Callable[[], tuple[Path, ...]]) -> Generator[Path, None, None]:
+def slot(
+    layout: Layout,
+    final: Path,
+    in_use: Callable[[], tuple[Path, ...]],
+    resumable: tuple[type[BaseException], ...] = (),
+) -> Generator[Path, None, None]:
     """A path for the new folder, not existing yet, on the same file system as `final`. What a killed process
     had beside it for the same `final` is there again, other slots of dead processes are deleted, but for
-    those that hold one of the folders `in_use`. What is still in the slot at the end is deleted."""
+    those that hold one of the folders `in_use`. What is still in the slot at the end is deleted, but for work that
+    an exception of the kinds `resumable` has left beside the path: it stays as after a kill."""
     with locked(layout.lock):
         kept = in_use()
         home, held = _take(layout, final, kept)
         sweep(layout, kept, unfinished=True)
-    workshop = _place(layout, final, home.name)
+    workshop, goes_on = _place(layout, final, home.name), False
     try:
         if not workshop.exists():
             (home / ELSEWHERE).write_text(str(workshop))
             workshop.mkdir(parents=True)
         discard(workshop / final.name)
         yield workshop / final.name
+    except resumable:
+        discard(workshop / final.name)
+        goes_on = _has_work(workshop)
+        raise
     finally:
         try:
-            with locked(layout.lock):  # or another process could take the slot while it disappears
-                discard(workshop)
-                discard(home)
+            if not goes_on:
+                with locked(layout.lock):  # or another process could take the slot while it disappears
+                    discard(workshop)
+                    discard(home)
         finally:
             os.close(held)
 

@@ -106,11 +106,13 @@ class Registry:
             raise RegistryError(f"{place} exists already. Choose another name or folder, or move it away.")
         return place
 
-    def staging(self, name: str, final: Path | None = None) -> AbstractContextManager[Path]:
+    def staging(
+        self, name: str, final: Path | None = None, resumable: tuple[type[BaseException], ...] = ()
+    ) -> AbstractContextManager[Path]:
         """A path, not existing yet, where the model may be made before it is published. What is left there or
-        beside it is deleted at the end. After a kill, the next staging of the same model finds what was beside it;
-        that of any other model deletes it."""
-        return slot(self._layout, self._layout.final(name, final), self._publisher.in_use)
+        beside it is deleted at the end. After a kill, or an exception of the kinds `resumable`, the next staging of
+        the same model finds what was beside it; that of any other model deletes it."""
+        return slot(self._layout, self._layout.final(name, final), self._publisher.in_use, resumable)
 
     def publish(
         self,

@@ -64,7 +64,7 @@ class Demo:
     async def play(self, model: str) -> Story:
         """All tools, as the server's instructions order them."""
         plan = await self.call(schemas.Plan, "plan_conversion", model=model)
-        made = await self.call(schemas.Conversion, "convert_model", model=model, bits=BITS)
+        made = await self.call(schemas.Conversion, "convert_model", model=model, bits=BITS, keep_source=True)
         windows = {"seq_len": WINDOW_TOKENS, "num_samples": WINDOWS}
         evaluation = await self.call(schemas.Evaluation, "evaluate_ppl", model=made.name, **windows)
         prompt = {"model": made.name, "prompt": PROMPT, "max_tokens": NEW_TOKENS}

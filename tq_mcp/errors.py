@@ -2,6 +2,7 @@
 
 from metal_kernels import KernelError
 from quant_engine.errors import (
+    DownloadError,
     InputError,
     OutputError,
     RecipeError,
@@ -14,6 +15,7 @@ EXPECTED = (TurboQuantError, KernelError, RegistryError)
 """Exceptions whose text is fit for a user or an agent."""
 
 _NEXT: tuple[tuple[type[Exception], str], ...] = (
+    (DownloadError, "call the same tool with the same arguments again, it goes on from where it stopped"),
     (SourceError, "list_models shows what is registered"),
     (RecipeError, "plan_conversion shows which widths fit a model before it is converted"),
     (OutputError, "plan_conversion shows sizes and what fits"),

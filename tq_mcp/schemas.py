@@ -140,6 +140,7 @@ class PlanRow(Result):
     group_size: int
     bits_per_weight: float
     size_bytes: int
+    disk_bytes: int = Field(description="to convert: size_bytes, and what of a repository is fetched at a time")
     compression: float
     memory_bytes: int = Field(description="to run it with a float16 cache of the context")
     fits: bool = Field(description="in 90 % of the memory available now")
@@ -162,6 +163,7 @@ class Plan(Result):
     parameters: int
     quantized_parameters: int
     source_size_bytes: int
+    download_bytes: int = Field(description="of weights that are not on this machine yet")
     context: int = Field(description="tokens that the cache is to hold")
     memory_to_convert_bytes: int
     seconds_to_convert: float = Field(description="about, without the download")

@@ -11,7 +11,7 @@ from quant_engine.allocation import allocate
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import OutputError, TurboQuantError
+from quant_engine.errors import DownloadError, OutputError, TurboQuantError
 from quant_engine.evaluate import evaluate
 from quant_engine.export import export
 from quant_engine.generate import generate
@@ -56,21 +56,24 @@ class Services:
         revision: str | None = None,
         dtype: str | None = None,
         keep_unfitting: bool = False,
+        keep_source: bool = False,
         target_bpw: float | None = None,
         progress: Progress = silent,
     ) -> schemas.Conversion:
         """Convert and register a model, both or neither; `output` None puts it under the models folder.
 
-        target_bpw: give each layer a width of its own, so that they average so many bits a weight.
+        keep_source: keep a repository's weights in Hugging Face's cache. target_bpw: give each layer a width of its
+        own, so that they average so many bits a weight; the weights are kept then, too.
         """
         origin = locate(self._registry, model, revision)
         if target_bpw is not None:
             self._loaded.forget()
-            recipe = allocate(resolve(origin.ref, revision=revision), recipe, target_bpw, progress=progress)
+            source = resolve(origin.ref, revision=revision, progress=progress)
+            recipe, revision = allocate(source, recipe, target_bpw, progress=progress), source.revision
         chosen = name or (output.name if output else records.default_name(origin, recipe))
         self._registry.require_free(chosen, output)
         self._loaded.forget()
-        with self._registry.staging(chosen, output) as staging:
+        with self._registry.staging(chosen, output, resumable=(DownloadError, OutputError)) as staging:
             made = convert(
                 origin.ref,
                 staging,
@@ -78,6 +81,7 @@ class Services:
                 revision=revision,
                 dtype=dtype,
                 keep_unfitting=keep_unfitting,
+                keep_source=keep_source,
                 progress=progress,
             )
             record = records.model_record(chosen, made, origin)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -78,6 +78,26 @@ def write_model(
         return folder
     names = list(tensors)
     where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        mx.save_safetensors(str(folder / file), {name: tensors[name] for name in names if where[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def split(folder: Path, count: int) -> Path:
+    """Split a model's weights anew as published checkpoints are: tensors in the order of their names, layer after
+    layer, in files of about equal size, wherever that cuts."""
+    before_files = sorted(folder.glob("*.safetensors"))
+    tensors = {n: a for file in before_files for n, a in cast(dict[str, mx.array], mx.load(str(file))).items()}
+    mx.eval(tensors)
+    for file in before_files:
+        file.unlink()
+    names = sorted(tensors, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")])
+    total, before = sum(array.nbytes for array in tensors.values()), 0
+    where: dict[str, str] = {}
+    for name in names:
+        where[name] = f"model-{count * before // total + 1:05d}-of-{count:05d}.safetensors"
+        before += tensors[name].nbytes
     for file in sorted(set(where.values())):
         mx.save_safetensors(str(folder / file), {name: tensors[name] for name in names if where[name] == file})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))

@@ -23,6 +23,14 @@ def test_files_noted_are_found_again_and_all_else_is_deleted(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == [JOURNAL, "a", "b"]
 
 
+def test_one_folder_may_be_spared(tmp_path: Path) -> None:
+    for name in ("deep", "spared"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    Journal(tmp_path, spare="spared")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["spared", "spared/file"]
+
+
 def test_a_file_noted_twice_is_as_it_was_noted_last(tmp_path: Path) -> None:
     write(tmp_path, "a")
     (tmp_path / "a").write_text("new")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from quant_engine import output_folder
-from quant_engine.errors import OutputError
+from quant_engine.errors import DownloadError, OutputError, SourceError
 from quant_engine.output_folder import atomic_folder
 
 
@@ -132,6 +132,37 @@ def test_an_exception_removes_what_was_taken_over(tmp_path: Path) -> None:
     (tmp_path / ".model.partial-aaa-1").mkdir()
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model", size_bytes=10, key="aaa"):
         raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failure", [DownloadError("lost"), OSError(errno.ENOSPC, "full"), OSError("reset by peer")])
+def test_where_work_is_to_be_kept_a_lost_network_or_a_full_disk_leaves_it_for_the_same_key(
+    tmp_path: Path, failure: Exception
+) -> None:
+    with (
+        pytest.raises((DownloadError, OutputError, OSError)) as raised,
+        atomic_folder(tmp_path / "model", size_bytes=10, key="k1", keep=True) as folder,
+    ):
+        (folder / "half").write_text("x")
+        raise failure
+    assert str(failure) in str(raised.value) or "the disk is full; what was finished is kept" in str(raised.value)
+    with (
+        pytest.raises(OutputError, match="are free there"),
+        atomic_folder(tmp_path / "model", size_bytes=10**18, key="k1", keep=True),
+    ):
+        pass
+    with atomic_folder(tmp_path / "model", size_bytes=10, key="k1", keep=True) as again:
+        assert again == folder and (again / "half").read_text() == "x"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SourceError])
+def test_any_other_end_leaves_nothing_even_where_work_is_to_be_kept(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
+    with pytest.raises(failure), atomic_folder(tmp_path / "model", size_bytes=10, key="k1", keep=True) as folder:
+        (folder / "half").write_text("x")
+        raise failure
     assert os.listdir(tmp_path) == []
 
 

@@ -1,5 +1,7 @@
 """A checkpoint's tensors as the parameters of mlx-lm's model, known from headers and read when they are needed."""
 
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,9 @@ import pytest
 
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.parameters import Packing, Parameters
-from quant_engine.safetensors_file import SIZES, TensorInfo
+from quant_engine.safetensors_file import SIZES, TensorInfo, read_header
 from quant_engine.source import resolve
-from tests.quant_engine.checkpoints import CONFIG, random_weights, write_model
+from tests.quant_engine.checkpoints import CONFIG, random_weights, split, write_model
 
 MIXTURE: dict[str, Any] = CONFIG | {
     "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32,
@@ -57,6 +59,30 @@ def test_experts_are_stacked_when_they_are_read(tmp_path: Path) -> None:
     expected = mx.concatenate([stored[f"{EXPERT}.{e}.down_proj.weight"] for e in range(4)])
     assert mx.array_equal(found.rows(name, 100, 300), expected[100:300])
     assert mx.array_equal(found.rows(name, 0, 5), expected[:5])
+
+
+def test_parameters_of_the_first_files_come_first_and_know_their_files(tmp_path: Path) -> None:
+    found = parameters(split(mixture(tmp_path), 3))
+    where = {name: {path.name for path in parameter.files} for name, parameter in found.items()}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    experts = {index[f"{EXPERT}.{e}.up_proj.weight"] for e in range(4)}
+    assert where["model.layers.0.mlp.switch_mlp.up_proj.weight"] == experts
+    assert where["model.norm.weight"] == {index["model.norm.weight"]}
+    assert len(experts) == 2, "or nothing is split"
+    last = [max(files) for files in where.values()]
+    assert last == sorted(last)
+
+
+def test_a_parameter_is_computed_from_the_files_in_use_alone_wherever_they_are(tmp_path: Path) -> None:
+    whole = parameters(mixture(tmp_path / "whole"))
+    found = parameters(split(mixture(tmp_path / "split"), 3))
+    for name, parameter in found.items():
+        places = {path: path.rename(tmp_path / path.name) for path in parameter.files}
+        found.use(places)
+        rows = parameter.matrix[0]
+        assert mx.array_equal(found.rows(name, 0, rows), whole.rows(name, 0, rows)), name
+        for path, place in places.items():
+            place.rename(path)
 
 
 def test_all_bytes_are_counted_once(tmp_path: Path) -> None:
@@ -120,6 +146,36 @@ def test_a_module_may_be_quantized_in_a_way_of_its_own() -> None:
     assert packing is not None
     assert packing.for_module("model.a", config) == Packing(8, 32, "affine")
     assert packing.for_module("model.b", config) == packing.for_module("model.c", config) == Packing(4, 64, "affine")
+
+
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3", "vocab_size": 32, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "qk_nope_head_dim": 16, "first_k_dense_replace": 1,
+    "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_float8_is_undone_where_mlx_lm_undoes_it(tmp_path: Path, dtype: str) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = mx.to_fp8(mx.random.normal((160, 64)))
+    scales = mx.array([[0.5], [3.0]])
+    made = {name: codes, f"{name}_scale_inv": scales}
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), made)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + length])
+    text[name]["dtype"] = dtype
+    written = json.dumps(text).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
+    tensors = read_header(tmp_path / "x.safetensors")
+    if dtype == "F8_E5M2":
+        with pytest.raises(UnsupportedModelError, match=f"tensor {name} is F8_E5M2"):
+            Parameters(DEEPSEEK, tensors)
+        return
+    expected = mx.from_fp8(codes, dtype=mx.bfloat16) * mx.repeat(scales, 128, axis=0)[:160]
+    assert mx.array_equal(Parameters(DEEPSEEK, tensors).rows(name, 0, 160), expected.astype(mx.bfloat16))
 
 
 def test_float8_that_mlx_lm_does_not_undo_is_refused_by_name() -> None:

@@ -1,5 +1,5 @@
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +10,13 @@ import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError, SourceError, UnsafeModelError
+from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError, UnsafeModelError
 from quant_engine.plan import RUNTIME_BYTES, cache_bytes, plan
-from quant_engine.safetensors_file import read_header
 from tests.quant_engine.checkpoints import CONFIG, write_model
+from tests.quant_engine.local_hub import COMMIT, REPOSITORY, LocalHub, local_hub
 from tests.quant_engine.published import write_published
 
 plan_module = sys.modules["quant_engine.plan"]
-
-COMMIT = "89abcdef" * 5
 
 
 @pytest.fixture
@@ -94,74 +92,59 @@ def test_a_plan_raises_what_the_conversion_would(tmp_path: Path) -> None:
     assert plan(tmp_path, keep_unfitting=True).rows
 
 
-class Hub:
-    """huggingface_hub's functions that a plan calls, for a repository in a folder."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder
-        self.names = {path.name: path.stat().st_size for path in folder.iterdir()}
-        self.failure: Exception | None = None
-        self.damaged = False
-        for name in ("model_info", "hf_hub_download", "get_safetensors_metadata", "snapshot_download"):
-            monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
-
-    def model_info(self, repo: str, **options: Any) -> Any:
-        if self.failure:
-            raise self.failure
-        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in self.names.items()]
-        return SimpleNamespace(sha=COMMIT, siblings=siblings)
-
-    def hf_hub_download(self, repo: str, file: str, *, revision: str) -> str:
-        assert (file, revision) == ("config.json", COMMIT)
-        return str(self.folder / file)
-
-    def get_safetensors_metadata(self, repo: str, *, revision: str) -> Any:
-        if self.damaged:
-            raise huggingface_hub.errors.SafetensorsParsingError("bad header")
-        header = read_header(self.folder / "model.safetensors")
-        tensors = {
-            n: SimpleNamespace(dtype=t.dtype, shape=list(t.shape), data_offsets=(t.start, t.end))
-            for n, t in header.items()
-        }
-        return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
-
-    def snapshot_download(self, repo: str, **options: Any) -> str:
-        assert options["local_files_only"], "a plan downloads no weights"
-        return str(self.folder)
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    monkeypatch.chdir(tmp_path)
-    return Hub(write_model(tmp_path / "snapshots" / COMMIT), monkeypatch)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[LocalHub]:
+    with local_hub(write_model(tmp_path / "repository", shards=2)) as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
 
 
-def test_a_repository_is_planned_from_its_headers_without_its_weights(hub: Hub) -> None:
-    local, remote = plan(hub.folder), plan("owner/name")
-    assert (remote.model, remote.revision) == ("owner/name", COMMIT)
+def test_a_repository_is_planned_from_its_headers_without_its_weights(hub: LocalHub) -> None:
+    local, remote = plan(hub.folder), plan(REPOSITORY)
+    assert (remote.model, remote.revision) == (REPOSITORY, COMMIT)
     assert [row.size_bytes for row in remote.rows] == [row.size_bytes for row in local.rows]
     assert remote.source_size_bytes == local.source_size_bytes
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors.index.json"]
 
 
-def test_without_network_a_plan_uses_the_copy_in_the_cache(hub: Hub) -> None:
-    hub.failure = OSError("no route")
+def test_the_disk_that_a_repository_takes_counts_what_is_fetched_at_a_time(hub: LocalHub) -> None:
+    local, remote = plan(hub.folder), plan(REPOSITORY)
+    largest = max(path.stat().st_size for path in hub.folder.glob("*.safetensors"))
+    assert (local.download_bytes, remote.download_bytes) == (0, remote.source_size_bytes)
+    assert [row.disk_bytes - row.size_bytes for row in local.rows] == [0, 0, 0]
+    assert [row.disk_bytes - row.size_bytes for row in remote.rows] == [largest] * 3
+
+
+def test_without_network_a_plan_uses_the_copy_in_the_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub.snapshot_download(REPOSITORY, revision=COMMIT)
+    refs = tmp_path / "cache" / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     said: list[str] = []
-    assert plan("owner/name", progress=lambda done, total, text: said.append(text)).revision == COMMIT
-    assert said[0] == "no network: looking for a copy of owner/name downloaded before"
+    assert plan(REPOSITORY, progress=lambda done, total, text: said.append(text)).revision == COMMIT
+    assert said == ["no network: using the copy of owner/name downloaded before"]
 
 
-def test_a_repository_that_is_no_model_is_refused(hub: Hub) -> None:
-    hub.names = {"config.json": 1, "pytorch_model.bin": 2}
+def unreachable(*_: Any, **__: Any) -> Any:
+    raise OSError("no route")
+
+
+def test_a_repository_that_is_no_model_is_refused(hub: LocalHub) -> None:
+    for path in hub.folder.glob("*.safetensors*"):
+        path.unlink()
+    (hub.folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsafeModelError, match=r"pytorch_model\.bin"):
-        plan("owner/name")
+        plan(REPOSITORY)
 
 
-def test_a_repository_with_damaged_headers_is_refused(hub: Hub) -> None:
-    hub.damaged = True
-    with pytest.raises(
-        (SourceError, CorruptCheckpointError), match=r"weights of owner/name cannot be read \(bad header\)"
-    ):
-        plan("owner/name")
+def test_a_repository_with_damaged_headers_is_refused(hub: LocalHub) -> None:
+    file = "model-00002-of-00002.safetensors"
+    (hub.folder / file).write_bytes(b"\x08" + b"\0" * 7 + b"nonsense")
+    with pytest.raises(CorruptCheckpointError, match=rf"header of {file} of owner/name cannot be read"):
+        plan(REPOSITORY)
 
 
 def test_the_time_is_that_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

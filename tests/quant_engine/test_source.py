@@ -286,6 +286,15 @@ def test_without_network_and_copy_the_way_out_is_named(hub: Hub) -> None:
         resolve("owner/name")
 
 
+def test_without_network_a_copy_without_weights_is_said_to_be_that(hub: Hub) -> None:
+    hub.failure = OSError("no route")
+    (hub.folder / "model.safetensors").unlink()
+    with pytest.raises(
+        SourceError, match=r"copy of owner/name on this machine is not whole .*cannot be reached \(no route\); connect"
+    ):
+        resolve("owner/name")
+
+
 def test_a_download_that_breaks_says_that_it_can_continue(hub: Hub) -> None:
     hub.download_failure = OSError("reset by peer")
     with pytest.raises(SourceError, match="stopped: reset by peer; run it again, it continues"):

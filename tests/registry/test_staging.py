@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from registry import Registry, open_registry
 
 
@@ -43,3 +45,35 @@ def test_registries_that_make_a_model_for_the_same_place_have_a_slot_each(regist
         with second.staging("place", final) as other:
             assert other.parent != first.parent
         assert first.exists()
+
+
+def interrupted(registry: Registry, name: str, error: Exception, final: Path | None = None) -> Path:
+    """Work that an error ends, with something beside the model; the path of that."""
+    with pytest.raises(type(error)), registry.staging(name, final, resumable=(ConnectionError,)) as staging:
+        staging.mkdir()
+        beside = staging.with_name(".half")
+        beside.mkdir()
+        raise error
+    return beside
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_work_that_can_go_on_stays_for_the_same_model(registry: Registry, tmp_path: Path, external: bool) -> None:
+    final = tmp_path / "place" if external else None
+    beside = interrupted(registry, "place", ConnectionError(), final)
+    assert beside.exists() and not beside.with_name("place").exists()
+    open_registry(registry.home).close()
+    assert beside.exists()
+    with registry.staging("place", final) as again:
+        assert again.with_name(".half") == beside and beside.exists()
+    assert not beside.exists()
+
+
+def test_work_that_can_go_on_is_deleted_by_another_model(registry: Registry) -> None:
+    beside = interrupted(registry, "place", ConnectionError())
+    with registry.staging("other"):
+        assert not beside.exists()
+
+
+def test_work_that_cannot_go_on_is_deleted(registry: Registry) -> None:
+    assert not interrupted(registry, "place", ValueError()).exists()

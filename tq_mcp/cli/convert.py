@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             dtype=arguments.dtype,
             keep_unfitting=arguments.keep_unfitting,
+            keep_source=arguments.keep_source,
             target_bpw=arguments.target_bpw,
             progress=progress,
         ),

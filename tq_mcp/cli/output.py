@@ -170,20 +170,22 @@ def plan(made: schemas.Plan) -> RenderableType:
             f"{row.bits_per_weight:.2f}",
             size(row.size_bytes),
             f"{row.compression:.2f} x",
+            size(row.disk_bytes),
             size(row.memory_bytes),
             "yes" if row.fits else "no",
         )
         for row in made.rows
     ]
-    columns = ("recipe", "bits a weight", "size", "compression", "memory to run", "fits")
+    columns = ("recipe", "bits a weight", "size", "compression", "disk to convert", "memory to run", "fits")
     parameters = f"{made.parameters / 1e6:,.1f} M parameters"
     title = f"{made.model} ({made.model_type}, {parameters}, {size(made.source_size_bytes)})"
     caches = [(f"{cache.k_bits} / {cache.v_bits}", size(cache.cache_bytes)) for cache in made.caches]
+    download = f", and downloads {size(made.download_bytes)}" if made.download_bytes else ""
     return Group(
         table(title, columns, rows),
         table(f"Cache of {made.context:,} tokens", ("bits of keys / values", "size"), caches),
         Text(f"Converting takes about {duration(made.seconds_to_convert)} and "
-             f"{size(made.memory_to_convert_bytes)} of memory. "
+             f"{size(made.memory_to_convert_bytes)} of memory{download}. "
              f"Recommended: {made.recommended_bits or 'none'} bits; {made.reason}."),
     )  # fmt: skip
 

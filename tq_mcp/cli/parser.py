@@ -117,6 +117,11 @@ def _add_convert(commands: Commands) -> None:
     )  # fmt: skip
     _add_module_widths(parser)
     _add_keep_unfitting(parser)
+    parser.add_argument(
+        "--keep-source", action="store_true",
+        help="keep a repository's weights in Hugging Face's cache (default: drop each file after use, unless it was "
+        "there before)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random rotation (default: 0)")
     _add_json(parser)
 

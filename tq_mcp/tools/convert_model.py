@@ -44,6 +44,13 @@ async def convert_model(
         ),
     ] = None,
     keep_unfitting: arguments.KeepUnfitting = False,
+    keep_source: Annotated[
+        bool,
+        Field(
+            description="keep a repository's weights in Hugging Face's cache, for evaluate_ppl and other conversions; "
+            "default: each file is dropped after use, unless it was there before"
+        ),
+    ] = False,
     name: Name = None,
     revision: arguments.Revision = None,
 ) -> schemas.Conversion:
@@ -63,6 +70,7 @@ async def convert_model(
             revision=revision,
             dtype=dtype,
             keep_unfitting=keep_unfitting,
+            keep_source=keep_source,
             target_bpw=target_bpw,
             progress=progress,
         ),
