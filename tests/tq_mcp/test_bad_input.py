@@ -22,7 +22,7 @@ from tq_mcp.services import Services, open_services
 from tq_mcp.settings import Settings
 
 UP = "model.layers.1.mlp.up_proj.weight"
-AGAIN = "download the model again, whole$"
+AGAIN = "download the model again, whole"
 INDEX = "model.safetensors.index.json"
 
 Weights = dict[str, mx.array]
