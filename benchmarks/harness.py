@@ -28,6 +28,43 @@ def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 
     return statistics.median(times)
 
 
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU here."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def microseconds(run: Callable[[int], mx.array], calls: int = 20, repeats: int = 9) -> float:
+    """Median microseconds of one call of `run`, which gets the call's number, over `repeats` rounds of `calls`.
+
+    On a GPU a round is one graph, built before the clock starts: what counts is the GPU's time and that of launching.
+    On a CPU each call is evaluated by itself.
+    """
+    if not on_gpu():
+        at = iter(range(10**9))
+        return 1e6 * median_seconds(lambda: mx.eval(run(next(at))), repeats=calls, warm_up=3)
+    rounds: list[float] = []
+    for _ in range(repeats + 2):
+        results = [run(i) for i in range(calls)]
+        mx.synchronize()
+        began = time.perf_counter()
+        mx.eval(results)
+        mx.synchronize()
+        rounds.append((time.perf_counter() - began) / calls)
+    return 1e6 * statistics.median(rounds[2:])
+
+
+def copies_of(nbytes: int) -> int:
+    """How many weights of `nbytes` bytes, taken in turn, are several times a processor's cache: 4 to 64."""
+    return min(64, max(4, -(-(600 if on_gpu() else 128) * 10**6 // nbytes)))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of MLX's own addition of a number to a large array."""
+    array = mx.ones((1 << 27 if on_gpu() else 1 << 24,), mx.float32)
+    mx.eval(array)
+    return 2e6 * array.nbytes / microseconds(lambda i: array + i, 8)
+
+
 def machine() -> str:
     """Processor, cores and versions in one line."""
     name = platform.processor() or platform.machine()

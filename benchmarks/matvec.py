@@ -1,67 +1,116 @@
-"""One vector times a quantized square matrix: TurboQuant against `mx.quantized_matmul` and a plain read.
+"""One to eight vectors times a quantized matrix: TurboQuant against `mx.quantized_matmul`, float and a plain read.
 
-python -m benchmarks.matvec [--size 4096]
+    python -m benchmarks.matvec [--shapes 4096x4096 14336x4096] [--rows 1 4 8] [--bits 2 3 4]
+
+Shapes are outputs x inputs. On a GPU activations are float16 and the product of activations rotated already has a row
+of its own; on a CPU, whose kernels rotate as they go, they are float32. `of_read` is the time over that of reading the
+packed bytes as fast as MLX copies an array.
 """
 
 import argparse
-from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 import metal_kernels
-from benchmarks.harness import median_seconds, report
+from benchmarks.harness import copies_of, copy_bandwidth, microseconds, on_gpu, report
+from metal_kernels.gpu import hadamard, products
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
-COPIES = 8
-"""Weights in turn, so that together they exceed the cache."""
+GPU_SHAPES = ["4096x4096", "14336x4096", "8192x28672"]
+CPU_SHAPES = ["4096x4096"]
+GROUP = 64
 
 
-def turns(run: Callable[[int], object]) -> float:
-    """Median microseconds of `run(copy)` with each call on the next copy of the weights."""
-    at = iter(range(10**9))
-    return 1e6 * median_seconds(lambda: run(next(at) % COPIES), repeats=40, warm_up=COPIES)
+def packed_weights(out: int, width: int, bits: int) -> list[metal_kernels.PackedWeight]:
+    """Copies of a matrix of random codes, together several times the cache."""
+    block, turn = choose_block(width, "auto"), mx.array(signs(width, 0))
+    made: list[metal_kernels.PackedWeight] = []
+    for i in range(copies_of(out * width * bits // 8)):
+        packed = mx.random.randint(0, 0xFFFFFFFF, (out, width * bits // 32), dtype=mx.uint32, key=mx.random.key(i))
+        scales = mx.full((out, width // GROUP), width**-0.5, dtype=mx.float16)
+        made.append(metal_kernels.PackedWeight(packed, scales, lloyd_max(bits), turn, block))
+    return made
 
 
-def measure(size: int, group_size: int = 64) -> list[dict[str, object]]:
-    """Rows of method, bits, microseconds, and the ratio to affine at the same bits."""
-    x = mx.random.normal((1, size))
-    weight = mx.random.normal((size, size))
-    rows: list[dict[str, object]] = []
-    for bits in (2, 3, 4):
-        affine, turbo, read = _times(x, weight, bits, group_size)
-        path = metal_kernels.kernel_path()
-        for method, us, ran in (
-            ("mx.quantized_matmul", affine, "mlx"),
-            ("turboquant", turbo, path),
-            ("numpy sum of the packed words, 1 thread", read, "numpy"),
-        ):
-            row = {"size": size, "bits": bits, "method": method, "us": us, "times_affine": affine / us, "path": ran}
-            rows.append(row)
-    return rows
+def affine_weights(out: int, width: int, bits: int, dtype: mx.Dtype) -> list[tuple[mx.array, ...]]:
+    """The same in MLX's affine form."""
+    made: list[tuple[mx.array, ...]] = []
+    for i in range(copies_of(out * width * bits // 8)):
+        packed = mx.random.randint(0, 0xFFFFFFFF, (out, width * bits // 32), dtype=mx.uint32, key=mx.random.key(i))
+        scales = mx.full((out, width // GROUP), width**-0.5, dtype=dtype)
+        made.append((packed, scales, -2.0 * scales))
+    mx.eval(made)
+    return made
 
 
-def _times(x: mx.array, weight: mx.array, bits: int, group_size: int) -> tuple[float, float, float]:
-    """Microseconds of affine, of TurboQuant, and of summing the packed words."""
-    size = x.shape[1]
-    block, turn = choose_block(size, "auto"), mx.array(signs(size, 0))
-    packed, scales = metal_kernels.quantize(weight, lloyd_max(bits), group_size)
-    ours = [metal_kernels.PackedWeight(packed + 0, scales, lloyd_max(bits), turn, block) for _ in range(COPIES)]
-    theirs = [mx.quantize(weight, group_size=group_size, bits=bits) for _ in range(COPIES)]
-    words = [np.array(packed + 0) for _ in range(COPIES)]
-    mx.eval(x, theirs)
-    affine = turns(lambda i: mx.eval(mx.quantized_matmul(x, *theirs[i], group_size=group_size, bits=bits)))
+def float_weights(out: int, width: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Copies of a float matrix, a quarter as many as would be needed at 4 bits."""
+    made = [mx.random.normal((out, width), dtype) for _ in range(min(16, copies_of(out * width * dtype.size)))]
+    mx.eval(made)
+    return made
+
+
+def measure(out: int, width: int, rows: int, bits: list[int], read: float) -> list[dict[str, Any]]:
+    """Rows of one shape and number of vectors; read: bytes a second of a plain read."""
+    dtype = mx.float16 if on_gpu() else mx.float32
+    x = mx.random.normal((rows, width), dtype)
+    mx.eval(x)
+    floats = float_weights(out, width, dtype)
+    full = microseconds(lambda i, floats=floats: x @ floats[i % len(floats)].T)
+    del floats
+    mx.clear_cache()
+    of_read = 1e-6 * full * read / (out * width * dtype.size)
+    made = [{"shape": f"{out}x{width}", "rows": rows, "bits": 8 * dtype.size, "method": "float", "us": full,
+             "times_affine": None, "of_read": of_read, "path": "mlx"}]  # fmt: skip
+    for b in bits:
+        made += _quantized(x, out, b, read)
+    return made
+
+
+def _quantized(x: mx.array, out: int, bits: int, read: float) -> list[dict[str, Any]]:
+    rows, width = x.shape
+    theirs = affine_weights(out, width, bits, x.dtype)
+    times = {"affine": microseconds(lambda i, theirs=theirs: mx.quantized_matmul(
+        x, *theirs[i % len(theirs)], group_size=GROUP, bits=bits))}  # fmt: skip
+    del theirs
+    mx.clear_cache()
+    ours = packed_weights(out, width, bits)
     metal_kernels.reset_paths()
-    turbo = turns(lambda i: mx.eval(metal_kernels.matmul(x, ours[i])))
-    return affine, turbo, turns(lambda i: words[i].sum(dtype=np.uint32))
+    times["turboquant"] = microseconds(lambda i: metal_kernels.matmul(x, ours[i % len(ours)]))
+    path = metal_kernels.kernel_path()
+    tiles = [weight.tiles for weight in ours if weight.tiles is not None]
+    if tiles:
+        ready = hadamard.prepare(x, tiles[0].signs, tiles[0].block)
+        mx.eval(ready.halves, ready.scales)
+        gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
+        times["turboquant, rotated before"] = microseconds(
+            lambda i: products.times(ready, tiles[i % len(tiles)], gpu, x.dtype)
+        )
+    nbytes = {"affine": out * width * bits / 8 + 4 * out * width / GROUP}
+    return [
+        {"shape": f"{out}x{width}", "rows": rows, "bits": bits, "method": method, "us": us,
+         "times_affine": times["affine"] / us, "of_read": 1e-6 * us * read / nbytes.get(method, ours[0].nbytes),
+         "path": "mlx" if method == "affine" else path}
+        for method, us in times.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--shapes", nargs="+", default=GPU_SHAPES if on_gpu() else CPU_SHAPES)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8] if on_gpu() else [1])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     args = parser.parse_args()
-    report("matvec", f"python -m benchmarks.matvec --size {args.size}", measure(args.size))
+    read = copy_bandwidth()
+    made: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        out, width = map(int, shape.split("x"))
+        for rows in args.rows:
+            made += measure(out, width, rows, args.bits, read)
+    command = f"python -m benchmarks.matvec --shapes {' '.join(args.shapes)} --rows {' '.join(map(str, args.rows))}"
+    report("matvec", command, made, copy_gb_per_s=read / 1e9)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ def _compiled_gated(first: Recipe, second: Recipe, gpu: Gpu) -> Callable[..., mx
 def _multiply(x: mx.array, weight: TileWeight, gpu: Gpu, gated: bool = False) -> mx.array:
     rows = x.reshape(-1, x.shape[-1])
     ready = hadamard.prepare(rows, weight.signs, weight.block, gated)
-    return _times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
+    return times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
 
 
-def _times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype) -> mx.array:
+def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype) -> mx.array:
+    """Activations that `hadamard.prepare` made ready times the transposed weight: (n, rows) in `dtype`."""
     if gpu == "metal" or ready.n <= FEW_ROWS:
         return matvec.matvec(ready, weight, gpu, dtype)
     return matmul.matmul(ready, weight, dtype)

@@ -194,7 +194,8 @@ CASES: Mapping[str, tuple[Make, str]] = {
     "tensor of nothing": (model(having(empty=mx.zeros((0, 4)))), "1 do not belong to it, the first empty"),
     "vocabulary of none": (model(vocab_size=0),
         r"config\.json does not describe a llama model as mlx-lm has it: vocab_size 0; download"),
-    "width of none": (model(intermediate_size=0), "does not describe a llama model as mlx-lm has it: intermediate_size 0; download"),
+    "width of none": (model(intermediate_size=0),
+        "does not describe a llama model as mlx-lm has it: intermediate_size 0; download"),
     # values
     "NaN": (model(with_value(UP, np.nan)), f"tensor {UP} of model.safetensors has 1 NaN or infinite values"),
     "infinite norm": (model(with_value("model.norm.weight", np.inf)), "model.norm.weight of .* 1 NaN or infinite"),

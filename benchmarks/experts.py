@@ -1,0 +1,94 @@
+"""Products with a mixture's experts: TurboQuant against `mx.gather_qmm` at the same bits and `mx.gather_mm`.
+
+    python -m benchmarks.experts [--experts 128] [--active 4] [--width 2880] [--tokens 1 8 512] [--bits 3 4]
+
+Each token's experts are drawn evenly. From 16 tokens on, rows come sorted by expert, as mlx-lm's models sort them.
+"""
+
+import argparse
+from typing import Any
+
+import mlx.core as mx
+
+import metal_kernels
+from benchmarks.harness import microseconds, on_gpu, report
+from benchmarks.matvec import GROUP
+from quant_engine.codebook import lloyd_max
+from quant_engine.rotation import choose_block, signs
+
+CHOICES = 8
+"""Draws of experts that take turns, so that their weights are not all in the cache."""
+
+
+def experts(count: int, width: int, bits: int) -> metal_kernels.Experts:
+    """Experts (width, width) of random codes."""
+    block, turn = choose_block(width, "auto"), mx.array(signs(width, 0))
+    scales = mx.full((width, width // GROUP), width**-0.5, dtype=mx.float16)
+    weights = [
+        metal_kernels.PackedWeight(
+            mx.random.randint(0, 0xFFFFFFFF, (width, width * bits // 32), dtype=mx.uint32, key=mx.random.key(e)),
+            scales, lloyd_max(bits), turn, block,
+        )
+        for e in range(count)
+    ]  # fmt: skip
+    return metal_kernels.Experts(weights)
+
+
+def measure(count: int, active: int, width: int, tokens: int, bits: list[int]) -> list[dict[str, Any]]:
+    """Rows of method and microseconds for one number of tokens."""
+    dtype = mx.float16 if on_gpu() else mx.float32
+    ordered = tokens >= 16
+    shape = (tokens * active, 1, width) if ordered else (tokens, 1, 1, width)
+    x = mx.random.normal(shape, dtype)
+    chosen = [_choices(count, active, tokens, ordered, seed) for seed in range(CHOICES)]
+    mx.eval(x, chosen)
+    floats = mx.random.normal((count, width, width), dtype)
+    times: list[tuple[str, int, float, str]] = []
+    us = microseconds(lambda i, floats=floats: mx.gather_mm(
+        x, floats.swapaxes(-1, -2), rhs_indices=chosen[i % CHOICES], sorted_indices=ordered), CHOICES)  # fmt: skip
+    times.append(("float", 8 * dtype.size, us, "mlx"))
+    for b in bits:
+        parts = mx.quantize(floats, group_size=GROUP, bits=b)
+        mx.eval(parts)
+        us = microseconds(lambda i, b=b, parts=parts: mx.gather_qmm(
+            x, *parts, rhs_indices=chosen[i % CHOICES], transpose=True, group_size=GROUP, bits=b,
+            sorted_indices=ordered), CHOICES)  # fmt: skip
+        times.append(("affine", b, us, "mlx"))
+    del floats
+    for b in bits:
+        ours = experts(count, width, b)
+        metal_kernels.reset_paths()
+        us = microseconds(
+            lambda i, ours=ours: metal_kernels.expert_matmul(x, ours, chosen[i % CHOICES], ordered), CHOICES
+        )
+        times.append(("turboquant", b, us, metal_kernels.kernel_path()))
+    affine = {b: us for method, b, us, _ in times if method == "affine"}
+    return [
+        {"experts": count, "active": active, "width": width, "tokens": tokens, "bits": b, "method": method, "us": us,
+         "times_affine": affine[b] / us if b in affine else None, "path": path}
+        for method, b, us, path in times
+    ]  # fmt: skip
+
+
+def _choices(count: int, active: int, tokens: int, ordered: bool, seed: int) -> mx.array:
+    draws = mx.argsort(mx.random.uniform(shape=(tokens, count), key=mx.random.key(seed)), axis=1)[:, :active]
+    chosen = draws.astype(mx.uint32)
+    return mx.sort(chosen.reshape(-1)) if ordered else chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--experts", type=int, default=128 if on_gpu() else 16)
+    parser.add_argument("--active", type=int, default=4)
+    parser.add_argument("--width", type=int, default=2880 if on_gpu() else 1024)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 512] if on_gpu() else [1, 64])
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        rows += measure(args.experts, args.active, args.width, tokens, args.bits)
+    report("experts", f"python -m benchmarks.experts --experts {args.experts} --width {args.width}", rows)
+
+
+if __name__ == "__main__":
+    main()
