@@ -1,8 +1,19 @@
 """Kernels of every backend (Metal, CUDA, CPU), behind operations that take and return MLX arrays."""
 
 from metal_kernels.activation import swiglu
-from metal_kernels.attention import CacheCode, Mask, attention, pack_cache, packed_attention, unpack_cache
+from metal_kernels.attention import (
+    CacheCode,
+    Mask,
+    attention,
+    attention_rows,
+    pack_cache,
+    packed_attention,
+    unpack_cache,
+)
+from metal_kernels.cpu.arrays import view as writable
 from metal_kernels.cpu.compilation import announce_compilation
+from metal_kernels.cpu.heads import HeadNorms
+from metal_kernels.decoder_layer import Attend, DecoderLayer, Turns, decoder_layer
 from metal_kernels.dispatch import (
     BACKENDS,
     Backend,
@@ -25,19 +36,25 @@ __all__ = [
     "BACKENDS",
     "HADAMARD_FACTORS",
     "AffineWeight",
+    "Attend",
     "Backend",
     "CacheCode",
+    "DecoderLayer",
     "DenseWeight",
     "Experts",
+    "HeadNorms",
     "KernelError",
     "Mask",
     "PackedWeight",
     "ShapeError",
+    "Turns",
     "Weight",
     "active_backend",
     "announce_compilation",
     "attention",
+    "attention_rows",
     "bits_of",
+    "decoder_layer",
     "dequantize",
     "device",
     "embed",
@@ -61,4 +78,5 @@ __all__ = [
     "unrotate",
     "use_backend",
     "words",
+    "writable",
 ]

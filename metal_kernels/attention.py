@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32, view
@@ -12,13 +13,14 @@ from metal_kernels.cpu.attention import attend
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.pack_cache import pack_rows
 from metal_kernels.cpu.tokens import PackedTokens, Visibility
-from metal_kernels.dispatch import active_backend, has_kernel
+from metal_kernels.dispatch import active_backend, has_kernel, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import attention as gpu
 from metal_kernels.gpu.products import GPUS
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
 
+Array = NDArray[np.float32]
 Mask = mx.array | str | None
 """None (all is seen), "causal", or an array that broadcasts to (batch, heads, queries, tokens): bool or additive."""
 
@@ -61,11 +63,17 @@ def attention(
     _check_heads(queries, keys.shape[1], keys.shape[3])
     if has_kernel("attention"):
         mx.eval(queries, keys, values)
-        seen = _visibility(mask, sinks, keys.shape[2])
+        seen = visibility(mask, sinks, keys.shape[2])
         k, v = view(keys.astype(mx.float32)), view(values.astype(mx.float32))
         out = attend(view(queries.astype(mx.float32)), k, v, keys.shape[2], scale, seen)
         return mx.array(out).astype(queries.dtype)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def attention_rows(queries: Array, keys: Array, values: Array, *, length: int, scale: float, mask: Mask) -> Array:
+    """On a CPU: as `attention`, for float32 arrays of NumPy, over the first `length` keys and values."""
+    record("cpu", "attention")
+    return attend(queries, keys, values, length, scale, visibility(mask, None, length))
 
 
 def pack_cache(x: mx.array, code: CacheCode) -> tuple[mx.array, mx.array]:
@@ -119,7 +127,7 @@ def packed_attention(
     if backend == "cpu" and has_kernel("packed_attention"):
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
         k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)
-        out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, _visibility(mask, sinks, length)))
+        out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, visibility(mask, sinks, length)))
     else:
         q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
         held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
@@ -176,7 +184,8 @@ def _checked_bias(mask: Mask, length: int) -> mx.array | None:
     return bias
 
 
-def _visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
+def visibility(mask: Mask, sinks: mx.array | None, length: int) -> Visibility:
+    """What attention on a CPU takes of a mask over `length` tokens and sinks (H,). Raises ShapeError."""
     bias = _checked_bias(mask, length)
     return Visibility(
         isinstance(mask, str),

@@ -29,6 +29,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self._gate_up, self._down = gate_up, down
 
+    @property
+    def weights(self) -> tuple[Weight, Weight]:
+        """Gate and up stacked, and down."""
+        return self._gate_up, self._down
+
     def __call__(self, x: mx.array) -> mx.array:
         return feed_forward(x, self._gate_up, self._down)
 

@@ -15,6 +15,7 @@ from quant_engine import residual, turboquant_mlx
 from quant_engine.errors import RecipeError
 from quant_engine.experts import DenseExperts, TurboQuantExperts
 from quant_engine.fast_layers import fuse_feed_forward, use_fast_norms
+from quant_engine.fused_layer import fuse_decoder_layers
 from quant_engine.linear import (
     AffineLinear,
     DenseLinear,
@@ -79,6 +80,8 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
         _cast(model, chosen)
     elif manifest is not None:
         adapter.match_norms(model, active)
+    if on_cpu and fuse:
+        fuse_decoder_layers(model)
     adapter.route(model)
     mx.eval(model.parameters())
     return model

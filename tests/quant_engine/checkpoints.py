@@ -31,8 +31,10 @@ LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers writes them."""
     width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    outputs = dict(zip(LINEAR, (width, keys, keys, width, inner, inner, width), strict=True))
+    size = config.get("head_dim", width // config["num_attention_heads"])
+    queries, keys = size * config["num_attention_heads"], size * config["num_key_value_heads"]
+    outputs = dict(zip(LINEAR, (queries, keys, keys, width, inner, inner, width), strict=True))
+    biased = LINEAR[:3] if config["model_type"] == "qwen2" else LINEAR[:4] if config.get("attention_bias") else ()
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, width),
         "model.norm.weight": (width,),
@@ -40,9 +42,12 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for path, out in outputs.items():
-            found[f"{layer}.{path}.weight"] = (out, inner if path == "mlp.down_proj" else width)
-            if config["model_type"] == "qwen2" and path in LINEAR[:3]:
+            read = {"mlp.down_proj": inner, "self_attn.o_proj": queries}.get(path, width)
+            found[f"{layer}.{path}.weight"] = (out, read)
+            if path in biased:
                 found[f"{layer}.{path}.bias"] = (out,)
+        if config["model_type"] == "qwen3":
+            found[f"{layer}.self_attn.q_norm.weight"] = found[f"{layer}.self_attn.k_norm.weight"] = (size,)
         found[f"{layer}.input_layernorm.weight"] = found[f"{layer}.post_attention_layernorm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (vocabulary, width)

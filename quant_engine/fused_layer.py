@@ -1,0 +1,100 @@
+"""Decoder layers that compute themselves in one step on a CPU, in the place of mlx-lm's own call."""
+
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models.cache import KVCache
+
+from metal_kernels import (
+    DecoderLayer,
+    HeadNorms,
+    Mask,
+    active_backend,
+    attention_rows,
+    decoder_layer,
+    writable,
+)
+from quant_engine.fast_layers import FeedForward
+from quant_engine.linear import FastLinear, TurboQuantLinear
+from quant_engine.mlx_lm_adapter import attention
+from quant_engine.rotary import Rotary
+from quant_engine.shared_input import Branch
+from quant_engine.token_store import Array, append
+
+KINDS = (llama.TransformerBlock, qwen2.TransformerBlock, qwen3.TransformerBlock)
+"""mlx-lm's layers that are nothing but what `decoder_layer` computes."""
+
+
+class _Step:
+    """A layer's weights, its rotary embeddings, and the scale of its scores."""
+
+    def __init__(self, layer: DecoderLayer, rotary: Rotary, scale: float) -> None:
+        self._layer, self._rotary, self._scale = layer, rotary, scale
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return self._attend(q, k, v, mask, cache)
+
+        turns = self._rotary.turns(0 if cache is None else int(cache.offset), x.shape[1])
+        return decoder_layer(x, self._layer, turns, attend)
+
+    def _attend(self, q: Array, k: Array, v: Array, mask: Mask, cache: Any) -> Array:
+        if cache is None or type(cache) is KVCache:
+            keys, values, length = (k, v, k.shape[2]) if cache is None else append(cache, k, v)
+            return attention_rows(q, keys, values, length=length, scale=self._scale, mask=mask)
+        keys, values = cache.update_and_fetch(mx.array(k), mx.array(v))
+        return writable(attention(mx.array(q), keys, values, cache, self._scale, mask))
+
+
+def fuse_decoder_layers(model: nn.Module) -> int:
+    """Let layers of the known kinds compute themselves in one step; returns how many do.
+
+    Those stay as they are whose projections are not stacked, have what the step lacks, or whose rotary embeddings turn
+    values otherwise. Their modules and parameters are left in place.
+    """
+    fused = 0
+    for module in cast(list[nn.Module], model.modules()):
+        if type(module) in KINDS and (step := _fused(module)) is not None:
+            module.__class__ = _stepping(type(module))
+            module._step = step
+            fused += 1
+    return fused
+
+
+def _stepping(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of layer whose call is one step, but for other precisions and caches of rows at different positions."""
+
+    def call(self: Any, x: mx.array, mask: Mask = None, cache: Any = None) -> mx.array:
+        own = x.dtype == mx.float32 and active_backend() == "cpu" and isinstance(getattr(cache, "offset", 0), int)
+        return cast(mx.array, self._step(x, mask, cache) if own else kind.__call__(self, x, mask, cache))
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _fused(block: Any) -> _Step | None:
+    own = block.self_attn
+    branch, out, feed_forward = own.q_proj, own.o_proj, block.mlp
+    stacked = branch.stacked if isinstance(branch, Branch) else None
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    if not (isinstance(stacked, FastLinear) and isinstance(out, FastLinear) and isinstance(feed_forward, FeedForward)):
+        return None
+    rotary = Rotary.of(own.rope, stacked.shape[0] // (own.n_heads + 2 * own.n_kv_heads))
+    if rotary is None or (isinstance(out, TurboQuantLinear) and out.corrected) or norms[0].eps != norms[1].eps:
+        return None
+    heads = HeadNorms(_array(own.q_norm.weight), _array(own.k_norm.weight), own.q_norm.eps) if "q_norm" in own else None
+    layer = DecoderLayer(
+        _array(norms[0].weight), _array(norms[1].weight), norms[0].eps, stacked.weight,
+        _bias(stacked), heads, out.weight, _bias(out), *feed_forward.weights,
+        own.n_heads, own.n_kv_heads,
+    )  # fmt: skip
+    return _Step(layer, rotary, own.scale)
+
+
+def _bias(layer: FastLinear) -> Array | None:
+    return _array(layer.bias) if "bias" in layer else None
+
+
+def _array(x: mx.array) -> Array:
+    return writable(x.astype(mx.float32)).copy()
