@@ -29,7 +29,7 @@ demo: $(VENV)/.runtime ## set up, then run the whole way through on the small mo
 	$(VENV)/bin/tq-mcp demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## set up, then run the tests (PYTEST_ARGS="--cov" measures coverage)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(PY) -m ruff check .
