@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+import metal_kernels
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -77,20 +79,27 @@ def machine() -> str:
 
 
 def report(name: str, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Print rows as a table and write them to RESULTS/name.json with the machine and the command."""
+    """Print rows as a table and write them to RESULTS with the machine and the command: see `result_file`."""
     print(f"\n{name}: {machine()}")
-    columns = list(rows[0])
-    cells = [[_cell(row[c]) for c in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
     for line in [columns, *cells]:
         print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
     RESULTS.mkdir(exist_ok=True)
     payload = {"machine": machine(), "command": command, "rows": rows, **more}
-    (RESULTS / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
+    result_file(name).write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.flush()
 
 
+def result_file(name: str) -> Path:
+    """Where a benchmark's rows go: name.json of a CPU, name-cuda.json or name-metal.json of a GPU."""
+    return RESULTS / (f"{name}-{metal_kernels.device()}.json" if on_gpu() else f"{name}.json")
+
+
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return (
         f"{value:,.3g}"
         if isinstance(value, float) and abs(value) < 1000
