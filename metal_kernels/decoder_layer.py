@@ -63,4 +63,4 @@ def decoder_layer(x: mx.array, layer: DecoderLayer, turns: Turns, attend: Attend
     after += feed_forward_rows(normed, layer.gate_up, layer.down)
     for operation in ("decoder_layer", layer.qkv.operation, layer.o.operation, layer.gate_up.operation):
         record("cpu", operation)
-    return mx.array(after).reshape(x.shape)
+    return mx.array(after.reshape(x.shape))

@@ -245,4 +245,4 @@ def split(y: mx.array, ends: Sequence[int]) -> list[mx.array]:
 
 def rows_to_array(rows: Rows, x: mx.array) -> mx.array:
     """Rows (n, out) as an array of x's dtype, with x's axes but the last."""
-    return mx.array(rows).reshape(*x.shape[:-1], rows.shape[-1]).astype(x.dtype)
+    return mx.array(rows.reshape(*x.shape[:-1], rows.shape[-1])).astype(x.dtype)

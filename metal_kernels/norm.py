@@ -18,5 +18,5 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         raise ShapeError(f"a norm's weight of shape {weight.shape} for activations of shape {x.shape}")
     if has_kernel("rms_norm"):
         rows = rms_rows(rows_float32(x), view(weight.astype(mx.float32)), np.float32(eps))
-        return mx.array(rows).reshape(x.shape).astype(x.dtype)
+        return mx.array(rows.reshape(x.shape)).astype(x.dtype)
     return mx.fast.rms_norm(x, weight, eps)
