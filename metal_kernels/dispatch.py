@@ -14,11 +14,13 @@ import mlx.core as mx
 
 from metal_kernels.cpu.threads import prepare_threads
 from metal_kernels.errors import KernelError
+from metal_kernels.gpu.probe import works
 
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-_GPU = frozenset(["quantize", "matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
+_UNTRIED = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
+_GPU = _UNTRIED | {"quantize"}
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": _GPU,
     "cuda": _GPU,
@@ -70,7 +72,7 @@ def has_kernel(operation: str) -> bool:
     says so. Raises KernelError where a backend is forced and lacks it.
     """
     backend = active_backend()
-    if operation in _KERNELS.get(backend, frozenset()):
+    if operation in _KERNELS.get(backend, frozenset()) and _tried(backend, operation):
         if backend == "cpu":
             prepare_threads()
         record(backend, operation)
@@ -79,6 +81,11 @@ def has_kernel(operation: str) -> bool:
         raise KernelError(f"the {backend} backend has no kernel for {operation}; use 'reference' for it")
     record("reference", operation)
     return False
+
+
+def _tried(backend: Backend, operation: str) -> bool:
+    """Whether a kernel works here as far as that is in doubt: none has run on Apple's GPUs yet."""
+    return backend != "metal" or operation not in _UNTRIED or works(operation, "metal")
 
 
 def record(backend: Backend, operation: str) -> None:

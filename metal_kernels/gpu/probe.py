@@ -1,0 +1,109 @@
+"""Whether GPU kernels work where they have never run: each is tried on a small case before it is relied on."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import mlx.core as mx
+
+from metal_kernels import reference
+from metal_kernels.gpu import attention, experts, products, tiles
+from metal_kernels.gpu.products import Gpu
+
+TOLERANCE = 0.02
+"""Of the largest value: what rounding to float16 leaves far below, and a wrong lane does not."""
+
+BITS, GROUP, ROWS, WIDTH, TOKENS = 3, 32, 40, 128, 40
+_CODEBOOK = (-2.152, -1.344, -0.756, -0.2451, 0.2451, 0.756, 1.344, 2.152)
+
+
+@cache
+def works(operation: str, gpu: Gpu) -> bool:
+    """Whether an operation's kernels compile and give the reference's result; warns, and says why, where not."""
+    try:
+        ours, right = _CASES[operation](gpu)
+        off = float(mx.abs(ours.astype(mx.float32) - right).max() / mx.abs(right).max())
+        reason = "" if off <= TOLERANCE else f"its result is off by {off:.0%}"
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if reason:
+        warnings.warn(
+            f"the {gpu} kernel for {operation} does not work on this machine: {reason}. MLX's own operations take its "
+            "place, which are slower; please report it with what `tq-mcp doctor` prints",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _matrix(seed: int) -> tuple[mx.array, mx.array]:
+    matrix = mx.random.normal((ROWS, WIDTH), key=mx.random.key(seed))
+    return reference.quantize(matrix, _CODEBOOK, GROUP, search=False)
+
+
+def _signs() -> mx.array:
+    return mx.where(mx.random.uniform(shape=(WIDTH,), key=mx.random.key(9)) < 0.5, -1.0, 1.0)
+
+
+def _activations(*shape: int) -> mx.array:
+    return mx.random.normal((*shape, WIDTH), key=mx.random.key(1)).astype(mx.float16)
+
+
+def _product(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    x, signs, codes = _activations(3), _signs(), _matrix(0)
+    ours = products.product(x, tiles.arrange(*codes, _CODEBOOK, signs, WIDTH), gpu)
+    return ours, reference.matmul(reference.rotate(x.astype(mx.float32), signs, WIDTH), *codes, _CODEBOOK)
+
+
+def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    x, signs, (codes, scales) = _activations(2), _signs(), _matrix(0)
+    both = mx.concatenate([codes] * 7)[: 2 * WIDTH], mx.concatenate([scales] * 7)[: 2 * WIDTH]
+    first = tiles.arrange(*both, _CODEBOOK, signs, WIDTH)
+    second = tiles.arrange(codes, scales, _CODEBOOK, signs, WIDTH)
+    rotated = reference.rotate(x.astype(mx.float32), signs, WIDTH)
+    gate, up = reference.matmul(rotated, *both, _CODEBOOK).split(2, axis=-1)
+    inner = reference.rotate(gate * mx.sigmoid(gate) * up, signs, WIDTH)
+    return products.gated_product(x, first, second, gpu), reference.matmul(inner, codes, scales, _CODEBOOK)
+
+
+def _experts(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    x, signs, each = _activations(2, 1, 1), _signs(), [_matrix(e) for e in range(3)]
+    chosen = mx.array([[2, 0], [1, 2]], dtype=mx.uint32)
+    weight = experts.stack([tiles.arrange(*codes, _CODEBOOK, signs, WIDTH) for codes in each])
+    rotated = reference.rotate(x.astype(mx.float32), signs, WIDTH)
+    values = [reference.dequantize(*codes, _CODEBOOK) for codes in each]
+    return experts.expert_product(x, weight, chosen, False, gpu), reference.expert_matmul(rotated, values, chosen)
+
+
+def _head() -> attention.HeadCode:
+    return attention.HeadCode.of(_CODEBOOK, GROUP, _signs(), WIDTH, WIDTH)
+
+
+def _packing(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    x = _activations(1, 2, 3)
+    rotated = reference.rotate(x.astype(mx.float32), _signs(), WIDTH)
+    packed = (attention.pack(x, _head()), reference.pack_cache(rotated, _CODEBOOK, GROUP))
+    ours, right = (reference.dequantize(codes, scales, _CODEBOOK) for codes, scales in packed)
+    # A value between two codes may go to either.
+    return mx.sort(mx.abs(ours - right), axis=None)[: ours.size * 9 // 10] + 1, mx.ones((ours.size * 9 // 10,))
+
+
+def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    q, rotated = _activations(1, 4, 1), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
+    keys, values = (reference.pack_cache(x, _CODEBOOK, GROUP) for x in rotated)
+    ours = attention.attend(
+        q, keys, values, (_head(), _head()), length=TOKENS, scale=WIDTH**-0.5, causal=False, bias=None, sinks=None,
+        gpu=gpu,
+    )  # fmt: skip
+    turned = reference.rotate(q.astype(mx.float32), _signs(), WIDTH)
+    right = reference.packed_attention(turned, keys, values, (_CODEBOOK, _CODEBOOK), WIDTH**-0.5, None, None)
+    return ours, reference.unrotate(right, _signs(), WIDTH)
+
+
+_CASES: Mapping[str, Callable[[Gpu], tuple[mx.array, mx.array]]] = {
+    "matmul": _product,
+    "feed_forward": _gated,
+    "expert_matmul": _experts,
+    "pack_cache": _packing,
+    "packed_attention": _attention,
+}
