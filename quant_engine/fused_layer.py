@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
 from metal_kernels import (
@@ -18,13 +17,10 @@ from metal_kernels import (
 )
 from quant_engine.fast_layers import FeedForward
 from quant_engine.linear import FastLinear, TurboQuantLinear
-from quant_engine.mlx_lm_adapter import attention
+from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention
 from quant_engine.rotary import Rotary
 from quant_engine.shared_input import Branch
 from quant_engine.token_store import Array, append
-
-KINDS = (llama.TransformerBlock, qwen2.TransformerBlock, qwen3.TransformerBlock)
-"""mlx-lm's layers that are nothing but what `decoder_layer` computes."""
 
 
 class _Step:
@@ -56,7 +52,7 @@ def fuse_decoder_layers(model: nn.Module) -> int:
     """
     fused = 0
     for module in cast(list[nn.Module], model.modules()):
-        if type(module) in KINDS and (step := _fused(module)) is not None:
+        if type(module) in PLAIN_LAYERS and (step := _fused(module)) is not None:
             module.__class__ = _stepping(type(module))
             module._step = step
             fused += 1

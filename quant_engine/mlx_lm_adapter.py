@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import activations, base
+from mlx_lm.models import activations, base, llama, qwen2, qwen3
 from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
@@ -230,6 +230,9 @@ def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
     for norm in linear_modules(model, (nn.RMSNorm, nn.LayerNorm)).values():
         norm.update({"weight": cast(mx.array, norm["weight"]).astype(dtype)})
 
+
+PLAIN_LAYERS = (llama.TransformerBlock, qwen2.TransformerBlock, qwen3.TransformerBlock)
+"""Layers of mlx-lm that are attention and a feed-forward layer, each after a norm and added, and nothing else."""
 
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "swiglu"}
 """All names that the call of a gated feed-forward layer uses, in the models mlx-lm has."""
