@@ -5,6 +5,7 @@ python -m benchmarks.quality [--part references weights recall]
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import SHARED, report
@@ -59,9 +60,9 @@ def weights(seq_len: int = 1024, num_samples: int = 24) -> dict[str, Any]:
     return measured.to_dict()
 
 
-def recalled(lengths: Sequence[int] = (512, 1900), questions: int = 20) -> list[dict[str, Any]]:
-    """Questions answered with each cache, out of `questions` for each length."""
-    model, tokenizer = load(MODEL)
+def recalled(path: Path, lengths: Sequence[int] = (512, 1900), questions: int = 20) -> list[dict[str, Any]]:
+    """Questions that the model at `path` answers with each cache, out of `questions` for each length."""
+    model, tokenizer = load(path)
     text = load_text(IN_DOMAIN)
     rows: list[dict[str, Any]] = []
     for cache in RECALL_CACHES:
@@ -72,7 +73,7 @@ def recalled(lengths: Sequence[int] = (512, 1900), questions: int = 20) -> list[
             )
             row[f"answered_at_{tokens}"] = result.answered
         rows.append({**row, "asked": questions})
-    report("recall", COMMAND, rows)
+    report("recall", COMMAND, rows, model=path.name)
     return rows
 
 
@@ -80,18 +81,25 @@ def _line(done: int, total: int, message: str) -> None:
     print(f"\r{done}/{total} {message}".ljust(78), end="" if done < total else "\n", flush=True)
 
 
-PARTS = {"references": references, "weights": weights, "recall": recalled}
+PARTS = ("references", "weights", "recall")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    chosen = parser.parse_args().part
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--recall-model", type=Path, default=MODEL, help="one that examples/teach_recall.py made, or any other"
+    )
+    args = parser.parse_args()
     for needed in (MODEL, IN_DOMAIN, OUT_OF_DOMAIN):
         if not needed.exists():
             raise SystemExit(f"{needed.relative_to(SHARED.parent)} is not on this machine, and this benchmark needs it")
-    for name in chosen:
-        PARTS[name]()
+    if "references" in args.part:
+        references()
+    if "weights" in args.part:
+        weights()
+    if "recall" in args.part:
+        recalled(args.recall_model)
 
 
 if __name__ == "__main__":
