@@ -124,7 +124,7 @@ def _entry(weight: Parameter, recipe: QuantConfig, bits: int) -> ModuleEntry:
             f"tensor {weight.name} is {weight.dtype}; weights must be {', '.join(FLOATS)}: give "
             "the original, unquantized model"
         )
-    block = rotation.choose_block(weight.shape[-1], recipe.rotation)
+    block = 1 if weight.rotated else rotation.choose_block(weight.shape[-1], recipe.rotation)
     if recipe.use_qjl and len(weight.shape) > 2:
         raise RecipeError(f"{weight.name} holds the weights of experts, for which QJL is not available; leave QJL off")
     return ModuleEntry(bits, recipe.group_size, block, weight.shape, recipe.use_qjl)

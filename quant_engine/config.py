@@ -43,7 +43,8 @@ class QuantConfig(_Recipe):
     input, 0 for one scale a row. rotation: "hadamard" (whole rows), "blockwise_hadamard", "none", or "auto",
     the first that fits. scale: "search" minimises each group's squared error, "rms" takes its root mean
     square. use_qjl: one more bit a weight for an unbiased correction (see `residual`). seed: of the random
-    signs.
+    signs. fold_rotation: fold norms and the residual stream's rotation into the weights (see `folding`), so that only
+    the inputs of output and down projections are rotated at run time.
 
     Widths of their own, 2, 3, 4, or 16 for as it came: attn_bits, mlp_bits, expert_bits (experts' gate and up
     projections, and down unless expert_down_bits says otherwise), embed_bits and head_bits (embeddings and output
@@ -68,6 +69,7 @@ class QuantConfig(_Recipe):
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
     protect_layers: int = 0
+    fold_rotation: bool = False
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, WEIGHT_BITS)
@@ -83,6 +85,11 @@ class QuantConfig(_Recipe):
         _check("scale", self.scale, SCALES)
         _check("use_qjl", self.use_qjl, (False, True))
         _check("code", self.code, CODES)
+        _check("fold_rotation", self.fold_rotation, (False, True))
+        if self.fold_rotation and self.rotation == "none":
+            raise RecipeError(
+                "fold_rotation has nothing to fold with rotation 'none'; choose rotation 'auto', or leave it off"
+            )
         _check_count("seed", self.seed)
 
 

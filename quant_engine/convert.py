@@ -15,6 +15,7 @@ from quant_engine import blueprint
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import OutputError, RecipeError
+from quant_engine.folded_parameters import parameters_of
 from quant_engine.journal import Journal, OutputFile
 from quant_engine.manifest import Manifest
 from quant_engine.model_card import licence, model_card
@@ -80,7 +81,8 @@ def convert(
     config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
     weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
-    stays within a few pieces of 2^20 weights, whatever the model's size.
+    stays within a few pieces of 2^20 weights, whatever the model's size; where the recipe says fold_rotation, one
+    layer's weight in float32 comes on top.
 
     A repository's weights are fetched file by file, when they are needed, at one commit, and dropped when they are
     not needed any more; with keep_source they go to Hugging Face's cache and stay. What is in that cache already is
@@ -97,7 +99,7 @@ def convert(
     target = Path(output).expanduser().absolute()
     if target.resolve() == origin.path.resolve():
         raise OutputError(f"{target} is the source itself; choose another output")
-    found = Parameters(origin.config, origin.tensors)
+    found = parameters_of(origin.config, origin.tensors, recipe)
     drawn = blueprint.draw(
         origin.config,
         found,
@@ -110,7 +112,7 @@ def convert(
     check_target(target, overwrite)
     if origin.repo is None:
         progress(0, sum(parameter.nbytes for parameter in found.values()), "reading the source for its hash")
-    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, origin.origin())
+    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, origin.origin(), found.stream_block)
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
     if not keep_source:
         size += most_fetched(found, read_order(found, drawn.shards), origin.missing)
@@ -221,7 +223,7 @@ class _Weights:
         for first in range(0, out, step):
             last = min(first + step, out)
             rows = self.found.rows(weight.name, first, last)
-            part = quantize_weight(rows, self.recipe, entry.bits)
+            part = quantize_weight(rows, self.recipe, entry.bits, entry.block)
             _check_scales(part.scales, rows, path)
             writer.write(f"{path}.weight", part.packed)
             writer.write(f"{path}.scales", part.scales)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from quant_engine import turboquant_mlx
 from quant_engine.blueprint import DTYPES, MAX_SHARD_BYTES
 from quant_engine.convert import Meter, cast_piece, extra_files
 from quant_engine.errors import OutputError, RecipeError, UnsupportedModelError
+from quant_engine.folding import Folding
 from quant_engine.journal import OutputFile
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.mlx_lm_config import readable
@@ -36,6 +37,7 @@ from quant_engine.safetensors_file import (
     index_json,
 )
 from quant_engine.source import INDEX, Source, resolve
+from quant_engine.turning import Turning
 
 FORMS = ("float", "affine", "mxfp4")
 AFFINE_BITS = (2, 3, 4, 6, 8)
@@ -135,12 +137,16 @@ def _packing(form: str, bits: int | None, group_size: int | None) -> Packing | N
 
 
 class _Drawing(NamedTuple):
-    """What will be written: packing of the manifest's modules, file dtype of floats, the files and what is in them."""
+    """What will be written: packing of the manifest's modules, file dtype of floats, the files and what is in them.
+
+    turning: takes out the rotation of a residual stream that is rotated between its ends.
+    """
 
     manifest: Manifest
     packing: Packing | None
     dtype: str
     shards: Mapping[str, list[TensorSpec]]
+    turning: Turning
 
     @property
     def bits_per_weight(self) -> float:
@@ -180,7 +186,16 @@ def _draw(source: Source, packing: Packing | None, dtype: str, max_shard_bytes: 
             groups.append([TensorSpec(name, DTYPES[dtype] if floats else info.dtype, info.shape)])
         elif part == "weight":
             groups.append(_module_specs(path, manifest.modules[path], packing, DTYPES[dtype]))
-    return _Drawing(manifest, packing, DTYPES[dtype], assign_shards(groups, max_shard_bytes))
+    shards = assign_shards(groups, max_shard_bytes)
+    return _Drawing(manifest, packing, DTYPES[dtype], shards, _turning(source.config, manifest))
+
+
+def _turning(config: Mapping[str, Any], manifest: Manifest) -> Turning:
+    """What takes the rotation out where a plain model would lack its ends; other folded weights are a plain model's."""
+    if manifest.stream_block == 1:
+        return Turning(frozenset(), frozenset(), lambda rows: rows)
+    folding = replace(Folding.of(config, manifest.config), block=manifest.stream_block)
+    return Turning(folding.rows, folding.outputs, folding.unrotate)
 
 
 def _check_widths(manifest: Manifest, group_size: int) -> None:
@@ -211,10 +226,13 @@ def _write_weights(folder: Path, source: Source, drawn: _Drawing, progress: Prog
         with SafetensorsWriter(folder / file, specs) as writer:
             for spec in specs:
                 path, _, part = spec.name.rpartition(".")
-                if not _is_packed(spec.name, drawn.manifest.modules):
-                    _copy(writer, source.tensors[spec.name], spec, meter)
-                elif part == "weight":
+                packed = _is_packed(spec.name, drawn.manifest.modules)
+                if packed and part == "weight":
                     _write_module(writer, _Module(source.tensors, drawn.manifest, path), drawn, meter)
+                elif not packed and spec.name in drawn.turning:
+                    _turn(writer, source.tensors[spec.name], spec, drawn.turning, meter)
+                elif not packed:
+                    _copy(writer, source.tensors[spec.name], spec, meter)
     if len(drawn.shards) > 1:
         (folder / INDEX).write_text(index_json(drawn.shards))
     progress(total, total, "weights written")
@@ -226,6 +244,15 @@ def _copy(writer: SafetensorsWriter, info: TensorInfo, spec: TensorSpec, meter: 
         same = info.dtype == spec.dtype
         writer.write(spec.name, piece if same else cast_piece(decode(piece, info.dtype), spec))
         meter.add(piece.nbytes, spec.name)
+
+
+def _turn(writer: SafetensorsWriter, info: TensorInfo, spec: TensorSpec, turning: Turning, meter: Meter) -> None:
+    count, width = math.prod(info.shape[:-1]), info.shape[-1]
+    step = max(1, CHUNK_VALUES // width)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        writer.write(spec.name, cast_piece(turning.rows(info.name, (count, width), info.rows, first, last), spec))
+        meter.add(info.nbytes * last // count - info.nbytes * first // count, info.name)
 
 
 class _Module(NamedTuple):
@@ -272,7 +299,7 @@ def _write_module(writer: SafetensorsWriter, module: _Module, drawn: _Drawing, m
     count, step = math.prod(outs), max(1, CHUNK_VALUES // width)
     for first in range(0, count, step):
         last = min(first + step, count)
-        values = cast_piece(module.rows(first, last), spec)
+        values = cast_piece(drawn.turning.rows(spec.name, (count, width), module.rows, first, last), spec)
         if packing is None:
             writer.write(spec.name, values)
         else:

@@ -30,6 +30,7 @@ from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight
 from quant_engine.shared_input import Branch, branches, stack_biases
 from quant_engine.source import Source, resolve
+from quant_engine.stream_ends import rotate_between
 
 DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -178,6 +179,8 @@ def assemble(
     adapter.replace_modules(model, dict.fromkeys(layers, nn.Identity()))
     adapter.set_parameters(model, tensors)
     adapter.replace_modules(model, layers)
+    if manifest.stream_block > 1:
+        rotate_between(model, manifest.stream_block, manifest.seed)
     return model
 
 

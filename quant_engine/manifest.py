@@ -10,7 +10,9 @@ from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, RecipeError, UnsupportedModelError
 
 METHOD = "turboquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_BEFORE_FOLDING = {"fold_rotation": False, "stream_block": 1}
+"""What a block of version 1 does not state."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class ModuleEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a converted model is made of: recipe, quantized modules, what was kept and why, the origin."""
+    """What a converted model is made of: recipe, quantized modules, what was kept and why, the origin.
+
+    stream_block: Hadamard block by which looked-up embeddings are rotated, and the residual stream turned back before
+    the last norm, in a model whose rotation is folded and whose embeddings are tied; 1: neither.
+    """
 
     config: QuantConfig
     codebooks: Mapping[int, tuple[float, ...]]
@@ -48,6 +54,7 @@ class Manifest:
     excluded: Mapping[str, str]
     source: Mapping[str, str | None]
     tool: Mapping[str, str]
+    stream_block: int = 1
 
     @classmethod
     def of(
@@ -56,10 +63,11 @@ class Manifest:
         modules: Mapping[str, ModuleEntry],
         excluded: Mapping[str, str],
         source: Mapping[str, str | None],
+        stream_block: int = 1,
     ) -> Self:
         """The manifest of a new conversion, with the codebooks its modules use and the tool's versions."""
         codebooks = {bits: lloyd_max(bits) for bits in sorted({entry.bits for entry in modules.values()})}
-        return cls(config, codebooks, modules, excluded, source, tool_versions())
+        return cls(config, codebooks, modules, excluded, source, tool_versions(), stream_block)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
@@ -75,15 +83,17 @@ class Manifest:
     @classmethod
     def _from_block(cls, block: dict[str, Any]) -> Self:
         del block["quant_method"]
-        _check_version(block.pop("format_version", None))
+        if _checked_version(block.pop("format_version", None)) == 1:
+            block |= _BEFORE_FOLDING
         settings = [field.name for field in fields(QuantConfig)]
-        expected = {*settings, "codebooks", "modules", "excluded", "source", "tool"}
+        expected = {*settings, "codebooks", "modules", "excluded", "source", "tool", "stream_block"}
         _check_keys("the quantization block", block, expected)
         try:
             recipe = QuantConfig.from_dict({name: block[name] for name in settings})
             codebooks = {int(bits): tuple(map(float, values)) for bits, values in block["codebooks"].items()}
             modules = {path: _entry(path, values) for path, values in block["modules"].items()}
             kept, source, tool = dict(block["excluded"]), dict(block["source"]), dict(block["tool"])
+            stream_block = _positive("stream_block", block["stream_block"])
         except (RecipeError, AttributeError, TypeError, ValueError) as error:
             raise CorruptCheckpointError(
                 f"config.json's quantization block cannot be read: {error}; convert the model again"
@@ -94,7 +104,7 @@ class Manifest:
                     f"config.json has no codebook of {2**entry.bits} values for the "
                     f"{entry.bits}-bit module {path}; convert the model again"
                 )
-        return cls(recipe, codebooks, modules, kept, source, tool)
+        return cls(recipe, codebooks, modules, kept, source, tool, stream_block)
 
     def to_dict(self) -> dict[str, Any]:
         """The block as JSON values."""
@@ -107,6 +117,7 @@ class Manifest:
             "excluded": dict(self.excluded),
             "source": dict(self.source),
             "tool": dict(self.tool),
+            "stream_block": self.stream_block,
         }
 
     @property
@@ -146,7 +157,13 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _check_version(found: Any) -> None:
+def _positive(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _checked_version(found: Any) -> int:
     if type(found) is not int or found < 1:
         raise CorruptCheckpointError(
             f"config.json's quantization block has format_version {found!r}; it must be a "
@@ -157,6 +174,7 @@ def _check_version(found: Any) -> None:
             f"this model has format_version {found} and this tq-mcp reads up to {FORMAT_VERSION}; "
             "update it: pip install --upgrade tq-mcp"
         )
+    return found
 
 
 def _check_keys(what: str, values: Mapping[str, Any], expected: set[str]) -> None:

@@ -36,7 +36,7 @@ def model_card(
         "content (SHA-256)": origin["content_sha256"],
         "code": f"Lloyd-Max, {recipe.bits} bits" + (", and one bit of QJL residual" if recipe.use_qjl else ""),
         "scales": f"float16, {_groups(recipe)}, {_SCALES[recipe.scale]}",
-        "rotation": f"{recipe.rotation}, seed {recipe.seed}",
+        "rotation": f"{recipe.rotation}, seed {recipe.seed}" + (_FOLDED if recipe.fold_rotation else ""),
         "bits a weight, scales included": f"{drawn.bits_per_weight:.3f}",
         "weights quantized": f"{drawn.quantized_parameters:,} of {drawn.parameters:,}",
         "size": f"{drawn.size_bytes / 1e6:,.1f} MB",
@@ -51,7 +51,7 @@ def model_card(
             "",
             *table,
             "",
-            *_kept(drawn),
+            *_kept(drawn, recipe.fold_rotation),
             "",
             _USE.format(name=name),
             "",
@@ -92,6 +92,8 @@ _FORMS = {
     "mxfp4": "dequantized and quantized again as mxfp4",
 }
 
+_FOLDED = "; norms and the residual stream's rotation folded into the weights"
+
 _SCALES = {"search": "of least squared error", "rms": "the root mean square"}
 
 _INTRODUCTION = (
@@ -115,12 +117,13 @@ def _groups(recipe: QuantConfig) -> str:
     return f"one for {recipe.group_size} weights" if recipe.group_size else "one a row"
 
 
-def _kept(drawn: Blueprint) -> list[str]:
+def _kept(drawn: Blueprint, folded: bool) -> list[str]:
     """How many modules are in full precision, by reason."""
     reasons: dict[str, int] = {}
     for reason in drawn.excluded.values():
         reasons[reason] = reasons.get(reason, 0) + 1
-    return ["Kept as they came: " + "; ".join(f"{reason} ({count})" for reason, count in reasons.items()) + "."]
+    kept = "In full precision: " if folded else "Kept as they came: "
+    return [kept + "; ".join(f"{reason} ({count})" for reason, count in reasons.items()) + "."]
 
 
 def _licence_text(stated: str | None, source: str) -> str:

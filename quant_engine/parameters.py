@@ -92,7 +92,8 @@ class Parameter:
     """A parameter of the model: its name there, the dtype of its values by its name in the file format, and its shape.
 
     stored: where it lies, if it is in a file as it is. packing: how it is quantized there, None where it is not.
-    nbytes: what the checkpoint holds for it. files: those that it is read or computed from.
+    nbytes: what the checkpoint holds for it. files: those that it is read or computed from. rotated: whether its rows
+    come rotated already.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Parameter:
     packing: Packing | None
     nbytes: int
     files: frozenset[Path]
+    rotated: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -116,12 +118,15 @@ class Parameter:
 
 
 class Parameters(Mapping[str, Parameter]):
-    """The parameters by name. `unused`: tensors of the checkpoint that the model has no use for.
+    """The parameters by name. `unused`: tensors of the checkpoint that the model has no use for. `stream_block`: see
+    `Manifest`.
 
     Made from headers alone; values are read by `rows` and `pieces`. Those of the first files come first, so that
     whoever reads them in order needs few files at a time. Raises UnsupportedModelError for weights that are quantized
     in a way that is not undone here, CorruptCheckpointError where tensors are missing that mlx-lm needs.
     """
+
+    stream_block = 1
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self._config, self._tensors = config, tensors
@@ -151,7 +156,7 @@ class Parameters(Mapping[str, Parameter]):
             dtype = stored.dtype if stored else _NAMES[array.dtype]
             nbytes = array.size * SIZES[dtype]
             self._parameters[name] = Parameter(name, dtype, array.shape, stored, None, nbytes, files[name])
-        self._parameters = _by_file(self._parameters)
+        self._parameters = by_file(self._parameters)
         self.use({info.path: info.path for info in tensors.values()})
 
     def __getitem__(self, name: str) -> Parameter:
@@ -162,6 +167,11 @@ class Parameters(Mapping[str, Parameter]):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+    @property
+    def working_bytes(self) -> int:
+        """What holding one takes at most, of those that are not read piece by piece."""
+        return 2 * max((p.nbytes for p in self._parameters.values() if not p.stored), default=0)
 
     def use(self, places: Mapping[Path, Path]) -> None:
         """Read what comes next from these files, and let go of all others.
@@ -177,7 +187,7 @@ class Parameters(Mapping[str, Parameter]):
 
         Raises CorruptCheckpointError for NaN or infinite values.
         """
-        info = self._at_hand(self[name])
+        info = self._at_hand(self._parameters[name])
         for piece in info.chunks():
             check_finite(piece, info)
             yield piece
@@ -187,7 +197,7 @@ class Parameters(Mapping[str, Parameter]):
 
         Raises CorruptCheckpointError for NaN or infinite values, UnsupportedModelError for dtypes that are no weights.
         """
-        parameter = self[name]
+        parameter = self._parameters[name]
         if parameter.stored and parameter.packing is None:
             return self._at_hand(parameter).rows(first, last)
         arrays = [array[first:last] for array in self._arrays(parameter)]
@@ -294,7 +304,7 @@ def _computing(info: TensorInfo) -> mx.Dtype:
     return mx.float32 if len(info.shape) == 1 and info.dtype in FLOATS else _DTYPES[info.dtype]
 
 
-def _by_file(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+def by_file(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
     """In the order of the last file that each needs, then of the first, so that files can be let go of early."""
 
     def order(item: tuple[str, Parameter]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import psutil
 from quant_engine import blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError
-from quant_engine.parameters import Parameters
+from quant_engine.folded_parameters import parameters_of
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import quantize_weight
 from quant_engine.shards import most_fetched, read_order
@@ -99,6 +99,7 @@ def plan(
     group_size: int = 64,
     context: int = 4096,
     use_qjl: bool = False,
+    fold_rotation: bool = False,
     widths: Mapping[str, Any] | None = None,
     keep_unfitting: bool = False,
     revision: str | None = None,
@@ -114,21 +115,20 @@ def plan(
     if type(context) is not int or context < 1:
         raise InputError(f"a context of {context!r} tokens; it must be a positive whole number")
     found = peek(source, revision=revision, files=("config.json", INDEX), progress=progress)
-    parameters = Parameters(found.config, found.tensors)
-    drawn = {
-        b: blueprint.draw(
-            found.config,
-            parameters,
-            QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl, **(widths or {})),
-            keep_unfitting=keep_unfitting,
-        )
+    recipes = {
+        b: QuantConfig(bits=b, group_size=group_size, use_qjl=use_qjl, fold_rotation=fold_rotation, **(widths or {}))
         for b in sorted(set(bits))
+    }
+    parameters = parameters_of(found.config, found.tensors, next(iter(recipes.values())))
+    drawn = {
+        b: blueprint.draw(found.config, parameters, recipe, keep_unfitting=keep_unfitting)
+        for b, recipe in recipes.items()
     }
     caches = [PlanCache(k, v, cache_bytes(found.config, context, k, v)) for k, v in CACHES]
     memory = psutil.virtual_memory()
     rows = [
         _row(
-            QuantConfig(bits=b, group_size=group_size),
+            recipes[b],
             d,
             most_fetched(parameters, read_order(parameters, d.shards), found.missing),
             found.size_bytes,
@@ -148,8 +148,7 @@ def plan(
         source_size_bytes=found.size_bytes,
         download_bytes=sum(found.missing.values()),
         context=context,
-        memory_to_convert_bytes=RUNTIME_BYTES
-        + 2 * max((p.nbytes for p in parameters.values() if not p.stored), default=0),
+        memory_to_convert_bytes=RUNTIME_BYTES + parameters.working_bytes,
         seconds_to_convert=found.size_bytes / conversion_rate(),
         available_memory_bytes=memory.available,
         total_memory_bytes=memory.total,

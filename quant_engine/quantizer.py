@@ -66,15 +66,19 @@ def check_width(width: int, group_size: int) -> None:
         )
 
 
-def quantize_weight(weight: mx.array, config: QuantConfig, bits: int | None = None) -> QuantizedWeight:
-    """Quantize weight (out, width), any float dtype, with the recipe's bits, or with `bits` (1 to 4).
+def quantize_weight(
+    weight: mx.array, config: QuantConfig, bits: int | None = None, block: int | None = None
+) -> QuantizedWeight:
+    """Quantize weight (out, width), any float dtype, with the recipe's bits and rotation.
+
+    `bits` (1 to 4) and the Hadamard `block` (1: no rotation) take their place where they are given.
 
     Raises RecipeError where the width does not fit the recipe's groups or rotation.
     """
     width = weight.shape[1]
     check_width(width, config.group_size)
     bits = bits or config.bits
-    block = rotation.choose_block(width, config.rotation)
+    block = block or rotation.choose_block(width, config.rotation)
     parts = [_quantize_rows(rows, config, bits, block) for rows in _chunks(weight)]
     return parts[0] if len(parts) == 1 else concatenate(parts)
 

@@ -81,6 +81,7 @@ def conversion(model: Model, made: ConversionResult) -> schemas.Conversion:
         bits=made.config.bits,
         group_size=made.config.group_size,
         rotation=made.config.rotation,
+        fold_rotation=made.config.fold_rotation,
         use_qjl=made.config.use_qjl,
         bits_per_weight=made.bits_per_weight,
         size_bytes=made.size_bytes,

@@ -25,6 +25,7 @@ class Conversion(Result):
     bits: int
     group_size: int
     rotation: str
+    fold_rotation: bool = Field(description="norms and the residual stream's rotation are folded into the weights")
     use_qjl: bool
     bits_per_weight: float = Field(description="of the quantized layers, counted from the bytes on disk")
     size_bytes: int = Field(description="of the weights on disk")

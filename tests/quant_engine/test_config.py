@@ -24,6 +24,7 @@ def test_the_default_cache_keeps_more_bits_for_keys_than_for_values() -> None:
         ("rotation", "hadmard"),
         ("scale", "max"),
         ("use_qjl", 1),
+        ("fold_rotation", 1),
         ("seed", -1),
         ("seed", 2**63),
         ("code", "trellis"),

@@ -26,12 +26,14 @@ SHARD = 40_000
 
 PAUSING = """
 import sys, time
+from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 def progress(done, total, message):
     if done > total / 2:
         print("half", flush=True)
         time.sleep(60)
-convert(sys.argv[1], sys.argv[2], max_shard_bytes=int(sys.argv[3]), progress=progress)
+recipe = QuantConfig(fold_rotation=sys.argv[4] == "True")
+convert(sys.argv[1], sys.argv[2], config=recipe, max_shard_bytes=int(sys.argv[3]), progress=progress)
 """
 
 
@@ -40,9 +42,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def half_done(place: Path) -> Generator[Path]:
+def half_done(place: Path, fold_rotation: bool = False) -> Generator[Path]:
     """The partial folder of a process that is converting place/in to place/out; it is killed at the end."""
-    command = [sys.executable, "-c", PAUSING, str(place / "in"), str(place / "out"), str(SHARD)]
+    command = [sys.executable, "-c", PAUSING, str(place / "in"), str(place / "out"), str(SHARD), str(fold_rotation)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "half\n"
@@ -117,12 +119,22 @@ def test_files_that_are_no_weights_are_taken_as_they_are_now(place: Path) -> Non
     assert (place / "out" / "tokenizer.json").read_text() == '{"version": "2.0"}'
 
 
+def test_a_folded_conversion_goes_on_too(tmp_path: Path) -> None:
+    write_model(tmp_path / "place" / "in", tie_word_embeddings=True)
+    with half_done(tmp_path / "place", fold_rotation=True):
+        pass
+    assert run(tmp_path / "place", config=QuantConfig(fold_rotation=True)) == [
+        "continuing: 2 of 4 shards were finished before"
+    ]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"config": QuantConfig(bits=4)},
         {"config": QuantConfig(seed=1)},
         {"config": QuantConfig(scale="rms")},
+        {"config": QuantConfig(fold_rotation=True)},
         {"dtype": "float16"},
         {"max_shard_bytes": SHARD + 10_000},
     ],

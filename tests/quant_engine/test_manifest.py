@@ -30,7 +30,7 @@ def test_the_block_states_all_that_loading_needs() -> None:
     block = _manifest().to_dict()
     assert (block["quant_method"], block["format_version"], block["code"], block["seed"]) == (
         "turboquant",
-        1,
+        2,
         "lloyd_max",
         5,
     )
@@ -54,9 +54,15 @@ def test_other_models_have_no_manifest(config: dict[str, Any]) -> None:
     assert Manifest.from_config(config) is None
 
 
+def test_a_block_of_version_1_is_read_as_one_of_a_model_that_is_not_folded() -> None:
+    config = _config(format_version=1)
+    del config["quantization"]["fold_rotation"], config["quantization"]["stream_block"]
+    assert Manifest.from_config(config) == _manifest()
+
+
 def test_a_newer_format_is_refused_with_the_way_to_update() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"format_version 2 and this tq-mcp reads up to 1; .*--upgrade"):
-        Manifest.from_config(_config(format_version=2))
+    with pytest.raises(UnsupportedModelError, match=r"format_version 3 and this tq-mcp reads up to 2; .*--upgrade"):
+        Manifest.from_config(_config(format_version=3))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,8 @@ def test_a_newer_format_is_refused_with_the_way_to_update() -> None:
         ({"format_version": 0}, "format_version 0"),
         ({"colour": "red"}, "unknown 'colour'"),
         ({"bits": 9}, "bits is 9"),
+        ({"stream_block": 0}, "stream_block is 0"),
+        ({"fold_rotation": "yes"}, "fold_rotation is 'yes'"),
         ({"codebooks": {"2": [1, 2, 3, 4]}}, "no codebook of 8 values"),
         ({"codebooks": {"3": [1.0, 2.0]}}, "no codebook of 8 values"),
         ({"codebooks": 3}, "cannot be read"),

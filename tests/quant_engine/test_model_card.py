@@ -34,6 +34,12 @@ def test_a_card_names_qjl_and_scales_a_row(tmp_path: Path) -> None:
     assert "base_model" not in text and "commit" not in text
 
 
+def test_a_card_says_that_the_rotation_is_folded(tmp_path: Path) -> None:
+    text = _card(tmp_path, QuantConfig(fold_rotation=True))
+    assert "seed 0; norms and the residual stream's rotation folded into the weights" in text
+    assert "In full precision: " in text and "as they came" not in text
+
+
 @pytest.mark.parametrize(
     ("card", "expected"),
     [

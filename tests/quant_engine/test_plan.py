@@ -10,7 +10,7 @@ import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError, UnsafeModelError
+from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError, UnsafeModelError, UnsupportedModelError
 from quant_engine.plan import RUNTIME_BYTES, cache_bytes, plan
 from tests.quant_engine.checkpoints import CONFIG, write_model
 from tests.quant_engine.local_hub import COMMIT, REPOSITORY, LocalHub, local_hub
@@ -41,6 +41,16 @@ def test_sizes_are_exactly_those_of_the_conversion(tmp_path: Path, group_size: i
         assert row.compression == made.source_size_bytes / made.size_bytes
         assert (planned.parameters, planned.quantized_parameters) == (made.parameters, made.quantized_parameters)
         assert planned.excluded == made.excluded
+
+
+def test_folding_takes_memory_to_convert_and_no_size(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "made")
+    plain, folded = plan(model, bits=[3]), plan(model, bits=[3], fold_rotation=True)
+    made = convert(model, tmp_path / "out", config=QuantConfig(fold_rotation=True))
+    assert plain.rows[0].size_bytes == folded.rows[0].size_bytes == made.size_bytes
+    assert folded.memory_to_convert_bytes - plain.memory_to_convert_bytes == 4 * 128 * 256
+    with pytest.raises(UnsupportedModelError, match="fold_rotation does not fit 'gemma2'"):
+        plan(write_published("gemma2", tmp_path / "gemma2"), fold_rotation=True)
 
 
 def test_a_cache_is_counted_in_codes_and_scales() -> None:

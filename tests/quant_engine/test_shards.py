@@ -38,6 +38,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[LocalHub]:
         yield hub
 
 
+def test_a_folded_model_comes_from_the_hub_as_from_a_folder(hub: LocalHub, tmp_path: Path) -> None:
+    recipe = QuantConfig(fold_rotation=True)
+    convert(REPOSITORY, tmp_path / "out", config=recipe, max_shard_bytes=OUTPUT_SHARD)
+    assert_same(tmp_path / "out", tmp_path / "repository", config=recipe)
+
+
 def shards(first: int, last: int, count: int = 4) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(first, last + 1)]
 

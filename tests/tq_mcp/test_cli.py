@@ -112,6 +112,11 @@ class TestResults:
         assert Path(made["path"]) == place and (place / "config.json").exists()
         assert printed(capsys, "models", "show", "out")["bits"] == 2
 
+    def test_convert_folds_the_rotation_on_request(self, capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
+        made = printed(capsys, "convert", "--model", str(demo_model), "--name", "folded", "--fold-rotation")
+        assert made["fold_rotation"] is True
+        assert printed(capsys, "models", "show", "folded")["recipe"]["fold_rotation"] is True
+
     def test_convert_in_words(self, capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
         assert main(["convert", "--model", str(demo_model), "--name", "words"]) == 0
         shown = capsys.readouterr().out

@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
                 group_size=arguments.group_size,
                 rotation=arguments.rotation,
                 use_qjl=arguments.use_qjl,
+                fold_rotation=arguments.fold_rotation,
                 seed=arguments.seed,
                 **module_widths(arguments),
             ),

@@ -109,6 +109,7 @@ def _add_convert(commands: Commands) -> None:
     parser.add_argument(
         "--rotation", choices=ROTATIONS, default="auto", help="mixing before rounding (default: auto, what fits)"
     )
+    _add_fold_rotation(parser)
     parser.add_argument("--use-qjl", action="store_true", help="one more bit a weight for unbiased products")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights that are not quantized (default: as they are)")
     parser.add_argument(
@@ -224,6 +225,7 @@ def _add_plan(commands: Commands) -> None:
     _add_widths(parser)
     _add_group_size(parser)
     parser.add_argument("--context", type=int, default=4096, help="tokens that the cache is to hold (default: 4096)")
+    _add_fold_rotation(parser)
     parser.add_argument("--use-qjl", action="store_true", help="with QJL's additional bit")
     _add_module_widths(parser)
     _add_keep_unfitting(parser)
@@ -344,6 +346,13 @@ def _add_group_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="values that share a scale (default: 64)"
     )
+
+
+def _add_fold_rotation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fold-rotation", action="store_true",
+        help="fold norms and rotations into the weights: fewer rotations at run time (llama, mistral, qwen2, qwen3)",
+    )  # fmt: skip
 
 
 def _add_keep_unfitting(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
             group_size=arguments.group_size,
             context=arguments.context,
             use_qjl=arguments.use_qjl,
+            fold_rotation=arguments.fold_rotation,
             widths=module_widths(arguments),
             keep_unfitting=arguments.keep_unfitting,
             revision=arguments.revision,

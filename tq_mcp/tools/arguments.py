@@ -29,6 +29,13 @@ Revision = Annotated[str | None, Field(description="commit, tag or branch of a r
 Group = Annotated[
     GroupSize, Field(description="weights that share a scale; smaller is more accurate and larger; 0: one a row")
 ]
+FoldRotation = Annotated[
+    bool,
+    Field(
+        description="fold norms and the residual stream's rotation into the weights, so that less is rotated at run "
+        "time; for llama, mistral, qwen2 and qwen3 only"
+    ),
+]
 KeepUnfitting = Annotated[
     bool, Field(description="keep layers whose width the group size does not divide, instead of failing")
 ]

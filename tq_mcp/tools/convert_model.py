@@ -29,6 +29,7 @@ async def convert_model(
         Field(description="how weights are mixed before rounding; auto takes the best that fits"),
     ] = "auto",
     use_qjl: Annotated[bool, Field(description="one more bit a weight for unbiased products; rarely helps")] = False,
+    fold_rotation: arguments.FoldRotation = False,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         Field(description="of weights that are not quantized; default: as they are"),
@@ -60,7 +61,13 @@ async def convert_model(
     models take seconds, large ones minutes. Call plan_conversion first, and afterwards evaluate_ppl and generate
     with the name in the result.
     """
-    values = {"bits": bits, "group_size": group_size, "rotation": rotation, "use_qjl": use_qjl} | widths.settings()
+    values = widths.settings() | {
+        "bits": bits,
+        "group_size": group_size,
+        "rotation": rotation,
+        "use_qjl": use_qjl,
+        "fold_rotation": fold_rotation,
+    }
     return await heavy(
         context,
         lambda services, progress: services.convert(

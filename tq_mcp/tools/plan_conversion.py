@@ -17,6 +17,7 @@ async def plan_conversion(
     group_size: arguments.Group = 64,
     context_tokens: Annotated[int, Field(ge=1, le=10_000_000, description="tokens the cache is to hold")] = 4096,
     use_qjl: bool = False,
+    fold_rotation: arguments.FoldRotation = False,
     widths: arguments.ModuleWidths = arguments.ModuleWidths(),  # noqa: B008 (never changed)
     keep_unfitting: arguments.KeepUnfitting = False,
     revision: arguments.Revision = None,
@@ -34,6 +35,7 @@ async def plan_conversion(
             group_size=group_size,
             context=context_tokens,
             use_qjl=use_qjl,
+            fold_rotation=fold_rotation,
             widths=widths.settings(),
             keep_unfitting=keep_unfitting,
             revision=revision,
