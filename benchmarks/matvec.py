@@ -63,13 +63,14 @@ def measure(out: int, width: int, rows: int, bits: list[int], read: float) -> li
     mx.clear_cache()
     of_read = 1e-6 * full * read / (out * width * dtype.size)
     made = [{"shape": f"{out}x{width}", "rows": rows, "bits": 8 * dtype.size, "method": "float", "us": full,
-             "times_affine": None, "of_read": of_read, "path": "mlx"}]  # fmt: skip
+             "times_affine": None, "times_float": 1.0, "of_read": of_read,
+             "path": "mlx"}]  # fmt: skip
     for b in bits:
-        made += _quantized(x, out, b, read)
+        made += _quantized(x, out, b, read, full)
     return made
 
 
-def _quantized(x: mx.array, out: int, bits: int, read: float) -> list[dict[str, Any]]:
+def _quantized(x: mx.array, out: int, bits: int, read: float, full: float) -> list[dict[str, Any]]:
     rows, width = x.shape
     theirs = affine_weights(out, width, bits, x.dtype)
     times = {"affine": microseconds(lambda i, theirs=theirs: mx.quantized_matmul(
@@ -91,26 +92,33 @@ def _quantized(x: mx.array, out: int, bits: int, read: float) -> list[dict[str, 
     nbytes = {"affine": out * width * bits / 8 + 4 * out * width / GROUP}
     return [
         {"shape": f"{out}x{width}", "rows": rows, "bits": bits, "method": method, "us": us,
-         "times_affine": times["affine"] / us, "of_read": 1e-6 * us * read / nbytes.get(method, ours[0].nbytes),
+         "times_affine": times["affine"] / us, "times_float": full / us,
+         "of_read": 1e-6 * us * read / nbytes.get(method, ours[0].nbytes),
          "path": "mlx" if method == "affine" else path}
         for method, us in times.items()
     ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=GPU_SHAPES if on_gpu() else CPU_SHAPES)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8] if on_gpu() else [1])
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+def run(name: str, description: str | None, shapes: list[str], rows: list[int], bits: list[int]) -> None:
+    """Measure and report what the command line asks for; shapes, rows and bits: the defaults."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=shapes)
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
+    parser.add_argument("--bits", type=int, nargs="+", default=bits)
     args = parser.parse_args()
     read = copy_bandwidth()
     made: list[dict[str, Any]] = []
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
-        for rows in args.rows:
-            made += measure(out, width, rows, args.bits, read)
-    command = f"python -m benchmarks.matvec --shapes {' '.join(args.shapes)} --rows {' '.join(map(str, args.rows))}"
-    report("matvec", command, made, copy_gb_per_s=read / 1e9)
+        for n in args.rows:
+            made += measure(out, width, n, args.bits, read)
+    command = f"python -m benchmarks.{name} --shapes {' '.join(args.shapes)} --rows {' '.join(map(str, args.rows))}"
+    report(name, command, made, copy_gb_per_s=read / 1e9)
+
+
+def main() -> None:
+    shapes, rows = (GPU_SHAPES, [1, 4, 8]) if on_gpu() else (CPU_SHAPES, [1])
+    run("matvec", __doc__, shapes, rows, [2, 3, 4])
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from metal_kernels.cpu.attention import attend
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.pack_cache import pack_rows
 from metal_kernels.cpu.tokens import PackedTokens, Visibility
-from metal_kernels.dispatch import active_backend, has_kernel, record
+from metal_kernels.dispatch import has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import attention as gpu
-from metal_kernels.gpu.products import GPUS
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
 
@@ -84,12 +83,13 @@ def pack_cache(x: mx.array, code: CacheCode) -> tuple[mx.array, mx.array]:
     """
     if x.shape[-1] != code.size:
         raise ShapeError(f"heads of {x.shape[-1]} values for a code of {code.size}")
-    if active_backend() in GPUS and (head := _head_code(code)) and has_kernel("pack_cache"):
-        return gpu.pack(x, head)
-    if active_backend() == "cpu" and has_kernel("pack_cache"):
+    backend = kernel_backend("pack_cache", gpu_fits=_fits_gpu(code))
+    if backend == "cpu":
         signs = None if code.signs is None else view(code.signs)
         packed, scales = pack_rows(rotate_rows(rows_float32(x), signs, code.block), code.codebook, _group(code))
         return mx.array(packed).reshape(*x.shape[:-1], -1), mx.array(scales).reshape(*x.shape[:-1], -1)
+    if backend is not None:
+        return gpu.pack(x, _head_code(code))
     return reference.pack_cache(rotate(x.astype(mx.float32), code.signs, code.block), code.codebook, _group(code))
 
 
@@ -117,14 +117,14 @@ def packed_attention(
     rotated once with the keys' signs, the result is unrotated once; the cache is never expanded to float.
     """
     _check_heads(queries, keys[0].shape[1], key_code.size)
-    backend, heads = active_backend(), (_head_code(key_code), _head_code(value_code))
-    if backend in GPUS and heads[0] and heads[1] and has_kernel("packed_attention"):
-        bias = _checked_bias(mask, length)
+    fits = _fits_gpu(key_code) and _fits_gpu(value_code)
+    backend = kernel_backend("packed_attention", gpu_fits=fits)
+    if backend == "metal" or backend == "cuda":
         return gpu.attend(
-            queries, keys, values, (heads[0], heads[1]), length=length, scale=scale, causal=isinstance(mask, str),
-            bias=bias, sinks=sinks, gpu=backend,
+            queries, keys, values, (_head_code(key_code), _head_code(value_code)), length=length, scale=scale,
+            causal=isinstance(mask, str), bias=_checked_bias(mask, length), sinks=sinks, gpu=backend,
         )  # fmt: skip
-    if backend == "cpu" and has_kernel("packed_attention"):
+    if backend == "cpu":
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
         k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)
         out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, visibility(mask, sinks, length)))
@@ -139,10 +139,13 @@ def packed_attention(
 
 
 @lru_cache(maxsize=256)
-def _head_code(code: CacheCode) -> gpu.HeadCode | None:
-    """The code as GPU kernels take it; None where they do not."""
-    if not gpu.fits(code.codebook, code.size, code.block):
-        return None
+def _fits_gpu(code: CacheCode) -> bool:
+    return gpu.fits(code.codebook, code.size)
+
+
+@lru_cache(maxsize=256)
+def _head_code(code: CacheCode) -> gpu.HeadCode:
+    """The code as GPU kernels take it."""
     return gpu.HeadCode.of(code.codebook, _group(code), code.signs, code.block, code.size)
 
 

@@ -61,6 +61,6 @@ def decoder_layer(x: mx.array, layer: DecoderLayer, turns: Turns, attend: Attend
         after += layer.o_bias
     normed = rms_rows(after, layer.feed_forward_norm, np.float32(layer.eps))
     after += feed_forward_rows(normed, layer.gate_up, layer.down)
-    for operation in ("decoder_layer", layer.qkv.operation, layer.o.operation, layer.gate_up.operation):
+    for operation in (layer.qkv.operation, layer.o.operation, layer.gate_up.operation):
         record("cpu", operation)
     return mx.array(after.reshape(x.shape))

@@ -1,8 +1,8 @@
 """Which backend runs an operation, and a record of what really ran.
 
 A backend is the kind of kernel, not the device: "metal" and "cuda" are GPU kernels, "cpu" numba and BLAS,
-"reference" plain MLX operations on whatever device MLX uses. `active_backend` is the one choice, `has_kernel`
-the one predicate for each operation; a backend that was forced and has no kernel for an operation is an error.
+"reference" plain MLX operations on whatever device MLX uses. `active_backend` is the one choice, `kernel_backend`
+the one decision for each operation; a backend that was forced and has no kernel for an operation is an error.
 """
 
 from collections.abc import Generator
@@ -15,6 +15,7 @@ import mlx.core as mx
 from metal_kernels.cpu.threads import prepare_threads
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.probe import works
+from metal_kernels.gpu.products import GPUS
 
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -27,7 +28,7 @@ _KERNELS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset(
         [
             *("rotate", "quantize", "matmul", "dense", "affine", "expert_matmul", "feed_forward", "swiglu", "rms_norm"),
-            *("attention", "packed_attention", "pack_cache"),
+            *("attention", "packed_attention", "pack_cache", "decoder_layer"),
         ]
     ),
 }
@@ -65,22 +66,28 @@ def use_backend(name: str) -> Generator[None]:
         _forced.reset(token)
 
 
-def has_kernel(operation: str) -> bool:
-    """Whether the active backend has its own kernel for `operation`; records which path runs.
+def kernel_backend(operation: str, *, gpu_fits: bool = True) -> Backend | None:
+    """The active backend if it has its own kernel for `operation`, else None; records which path runs.
 
-    Where no backend is forced, an operation without a kernel runs on the reference operations, and the record
-    says so. Raises KernelError where a backend is forced and lacks it.
+    gpu_fits: whether a GPU's kernel takes these arguments. Where no backend is forced, an operation without a kernel
+    runs on the reference operations, and the record says so. Raises KernelError where a backend is forced and lacks it.
     """
     backend = active_backend()
-    if operation in _KERNELS.get(backend, frozenset()) and _tried(backend, operation):
+    fits = gpu_fits or backend not in GPUS
+    if fits and operation in _KERNELS.get(backend, frozenset()) and _tried(backend, operation):
         if backend == "cpu":
             prepare_threads()
         record(backend, operation)
-        return True
+        return backend
     if _forced.get() not in (None, "reference"):
         raise KernelError(f"the {backend} backend has no kernel for {operation}; use 'reference' for it")
     record("reference", operation)
-    return False
+    return None
+
+
+def has_kernel(operation: str) -> bool:
+    """Whether the active backend has its own kernel for `operation`; see `kernel_backend`."""
+    return kernel_backend(operation) is not None
 
 
 def _tried(backend: Backend, operation: str) -> bool:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32, view
-from metal_kernels.dispatch import active_backend, has_kernel, record
+from metal_kernels.dispatch import kernel_backend, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu.experts import expert_product, stack
 from metal_kernels.gpu.products import Gpu
@@ -26,12 +26,12 @@ class Experts:
         self._weights: Sequence[PackedWeight | DenseWeight | AffineWeight] = weights
         self.shape = (len(weights), *weights[0].shape)
         self.nbytes = sum(weight.nbytes for weight in weights)
-        self._on_cpu = active_backend() == "cpu" and has_kernel("expert_matmul")
-        tiles = [tiles_of(weight) for weight in weights]
-        self._tiles = stack([t for t in tiles if t is not None]) if all(tiles) and has_kernel("expert_matmul") else None
-        if self._tiles is not None:
-            self._gpu: Gpu = "metal" if active_backend() == "metal" else "cuda"
-            self._weights = []
+        tiles = [tile for tile in map(tiles_of, weights) if tile is not None]
+        backend = kernel_backend("expert_matmul", gpu_fits=len(tiles) == len(weights))
+        self._on_cpu, self._tiles = backend == "cpu", None
+        if backend == "metal" or backend == "cuda":
+            self._gpu: Gpu = backend
+            self._tiles, self._weights = stack(tiles), []
 
     def times(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
         """See `expert_matmul`."""

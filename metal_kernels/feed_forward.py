@@ -6,8 +6,8 @@ import numpy as np
 from metal_kernels.activation import swiglu
 from metal_kernels.cpu.activation import swiglu as cpu_swiglu
 from metal_kernels.cpu.arrays import rows_float32
-from metal_kernels.dispatch import active_backend, has_kernel, record
-from metal_kernels.gpu.products import GPUS, gated_product
+from metal_kernels.dispatch import kernel_backend, record
+from metal_kernels.gpu.products import gated_product
 from metal_kernels.matmul import Rows, Weight, matmul, rows_to_array, tiles_of
 
 
@@ -17,12 +17,13 @@ def feed_forward(x: mx.array, gate_up: Weight, down: Weight) -> mx.array:
     Returns (..., out) in x's dtype. On a CPU nothing in between becomes an array of MLX, and on a GPU it is one call:
     either would cost more than the activation itself. Raises ShapeError where shapes do not fit.
     """
-    backend, tiles = active_backend(), (tiles_of(gate_up), tiles_of(down))
-    if backend in GPUS and tiles[0] and tiles[1] and has_kernel("feed_forward"):
-        return gated_product(x, tiles[0], tiles[1], backend)
-    if backend != "cpu" or not has_kernel("feed_forward"):
+    first, second = tiles_of(gate_up), tiles_of(down)
+    backend = kernel_backend("feed_forward", gpu_fits=first is not None and second is not None)
+    if backend is None:
         gate, up = mx.split(matmul(x, gate_up), 2, axis=-1)
         return matmul(swiglu(gate, up), down)
+    if first is not None and second is not None:
+        return gated_product(x, first, second, "metal" if backend == "metal" else "cuda")
     record("cpu", gate_up.operation)
     record("cpu", down.operation)
     return rows_to_array(feed_forward_rows(rows_float32(x), gate_up, down), x)

@@ -15,9 +15,9 @@ from metal_kernels.cpu.arrays import rows_float32, view
 from metal_kernels.cpu.hadamard import rotate_rows
 from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
-from metal_kernels.dispatch import active_backend, has_kernel, record
+from metal_kernels.dispatch import active_backend, has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
-from metal_kernels.gpu.products import GPUS, Gpu, fits, product
+from metal_kernels.gpu.products import Gpu, fits, product
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.tiles import arrange as arrange_tiles
 from metal_kernels.gpu.tiles import restore as restore_tiles
@@ -49,11 +49,11 @@ class PackedWeight:
         self._lanes: LaneWeight | None = None
         self._tiles: TileWeight | None = None
         self._canonical: tuple[mx.array, mx.array] | None = None
-        backend = active_backend()
-        if backend == "cpu" and has_kernel("matmul"):
+        backend = kernel_backend("matmul", gpu_fits=fits(codebook, block))
+        if backend == "cpu":
             self._lanes = arrange(view(packed), view(scales), codebook)
             self._signs = None if signs is None else view(signs.astype(mx.float32)).copy()
-        elif backend in GPUS and has_kernel("matmul") and fits(codebook, block):
+        elif backend == "metal" or backend == "cuda":
             self._gpu: Gpu = backend
             self._tiles = arrange_tiles(packed, scales, codebook, signs, block)
         else:

@@ -5,10 +5,9 @@ import mlx.core as mx
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32
 from metal_kernels.cpu.quantize import quantize_rows
-from metal_kernels.dispatch import active_backend, has_kernel
+from metal_kernels.dispatch import kernel_backend
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import quantize as gpu
-from metal_kernels.gpu.products import GPUS
 from metal_kernels.layout import bits_of, groups, words
 
 
@@ -24,10 +23,11 @@ def quantize(
         raise ShapeError(f"an array of shape {x.shape} to quantize; it must be (rows, width)")
     words(x.shape[1], bits_of(codebook))
     groups(x.shape[1], group_size)
-    if active_backend() == "cpu" and has_kernel("quantize"):
+    backend = kernel_backend("quantize")
+    if backend == "cpu":
         packed, scales = quantize_rows(rows_float32(x), codebook, group_size, search)
         return mx.array(packed), mx.array(scales)
-    if active_backend() in GPUS and has_kernel("quantize"):
+    if backend is not None:
         return gpu.quantize(x, codebook, group_size, search)
     return reference.quantize(x, codebook, group_size, search)
 

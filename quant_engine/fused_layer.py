@@ -13,12 +13,13 @@ from metal_kernels import (
     active_backend,
     attention_rows,
     decoder_layer,
+    has_kernel,
     writable,
 )
 from quant_engine.fast_layers import FeedForward
 from quant_engine.linear import FastLinear, TurboQuantLinear
 from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention
-from quant_engine.rotary import Rotary
+from quant_engine.rotary import Rotary, shared
 from quant_engine.shared_input import Branch
 from quant_engine.token_store import Array, append
 
@@ -50,9 +51,9 @@ def fuse_decoder_layers(model: nn.Module) -> int:
     Those stay as they are whose projections are not stacked, have what the step lacks, or whose rotary embeddings turn
     values otherwise. Their modules and parameters are left in place.
     """
-    fused = 0
+    fused, rotaries = 0, list[Rotary]()
     for module in cast(list[nn.Module], model.modules()):
-        if type(module) in PLAIN_LAYERS and (step := _fused(module)) is not None:
+        if type(module) in PLAIN_LAYERS and (step := _fused(module, rotaries)) is not None:
             module.__class__ = _stepping(type(module))
             module._step = step
             fused += 1
@@ -63,13 +64,14 @@ def _stepping(kind: type[nn.Module]) -> type[nn.Module]:
     """A kind of layer whose call is one step, but for other precisions and caches of rows at different positions."""
 
     def call(self: Any, x: mx.array, mask: Mask = None, cache: Any = None) -> mx.array:
-        own = x.dtype == mx.float32 and active_backend() == "cpu" and isinstance(getattr(cache, "offset", 0), int)
+        plain = x.dtype == mx.float32 and isinstance(getattr(cache, "offset", 0), int)
+        own = plain and active_backend() == "cpu" and has_kernel("decoder_layer")
         return cast(mx.array, self._step(x, mask, cache) if own else kind.__call__(self, x, mask, cache))
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _fused(block: Any) -> _Step | None:
+def _fused(block: Any, rotaries: list[Rotary]) -> _Step | None:
     own = block.self_attn
     branch, out, feed_forward = own.q_proj, own.o_proj, block.mlp
     stacked = branch.stacked if isinstance(branch, Branch) else None
@@ -79,6 +81,7 @@ def _fused(block: Any) -> _Step | None:
     rotary = Rotary.of(own.rope, stacked.shape[0] // (own.n_heads + 2 * own.n_kv_heads))
     if rotary is None or (isinstance(out, TurboQuantLinear) and out.corrected) or norms[0].eps != norms[1].eps:
         return None
+    rotary = shared(rotary, rotaries)
     heads = HeadNorms(_array(own.q_norm.weight), _array(own.k_norm.weight), own.q_norm.eps) if "q_norm" in own else None
     layer = DecoderLayer(
         _array(norms[0].weight), _array(norms[1].weight), norms[0].eps, stacked.weight,

@@ -40,9 +40,22 @@ class Rotary:
         cos, sin = self._table
         return cos[offset : offset + length], sin[offset : offset + length]
 
+    def same_as(self, other: Self) -> bool:
+        """Whether both turn alike, as their first positions tell."""
+        pairs = zip(self.turns(0, FIRST_POSITIONS), other.turns(0, FIRST_POSITIONS), strict=True)
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
     def _compute(self, positions: int) -> Turns:
         """What the module makes of heads whose first half is one and whose second half is zero."""
         half = self._size // 2
         x = mx.broadcast_to((mx.arange(self._size) < half).astype(mx.float32), (1, 1, positions, self._size))
         turned = writable(self._rope(mx.contiguous(x), offset=0))[0, 0]
         return np.ascontiguousarray(turned[:, :half]), np.ascontiguousarray(turned[:, half:])
+
+
+def shared(rotary: Rotary, known: list[Rotary]) -> Rotary:
+    """The one among `known` that turns as `rotary` does, or `rotary`, which is then known: layers share long tables."""
+    same = next((one for one in known if one.same_as(rotary)), None)
+    if same is None:
+        known.append(rotary)
+    return same or rotary

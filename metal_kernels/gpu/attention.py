@@ -9,7 +9,7 @@ import numpy as np
 
 from metal_kernels.gpu.hadamard import factors, odd_factor
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import sign_bits
+from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
 from metal_kernels.launch import SIMD, Kernel
 from metal_kernels.layout import bits_of
 
@@ -18,9 +18,11 @@ TOKENS_AT_ONCE = 16 * SIMDGROUPS
 THREADGROUPS = 528
 """Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
+SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal")
+
 ATTEND = Kernel(
     name="turboquant_attention",
-    sources=("codes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
+    sources=SOURCES,
     inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "length",
             "chunk", "factor", "bias"),
     outputs=("sums", "stats"),
@@ -86,7 +88,7 @@ ATTEND = Kernel(
 
 JOIN = Kernel(
     name="turboquant_attention_parts",
-    sources=("codes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
+    sources=SOURCES,
     inputs=("sums", "stats", "sinks", "signs", "odd"),
     outputs=("out",),
     body="""
@@ -100,7 +102,7 @@ JOIN = Kernel(
 
 PACK = Kernel(
     name="turboquant_pack_cache",
-    sources=("heads.metal", "pack_cache.metal"),
+    sources=("lanes.metal", "heads.metal", "pack_cache.metal"),
     inputs=("x", "signs", "odd", "codebook"),
     outputs=("codes", "scales"),
     body="""
@@ -134,32 +136,29 @@ class HeadCode:
         padded = np.resize(np.array(codebook, np.float32), max(8, len(codebook)))
         return HeadCode(
             bits_of(codebook), size, group, odd, power, sign_bits(signs, size), odd_factor(odd),
-            mx.array(token_table(codebook)), mx.array(padded),
+            token_table(codebook), mx.array(padded),
         )  # fmt: skip
 
 
-def fits(codebook: tuple[float, ...], size: int, block: int) -> bool:
-    """Whether the kernels take heads of this size and code."""
-    values = np.array(codebook, np.float16)
-    return (
-        bits_of(codebook) in (2, 3, 4, 8) and np.array_equal(values, -values[::-1]) and size % 16 == 0 and size <= 256
+def fits(codebook: tuple[float, ...], size: int) -> bool:
+    """Whether the kernels take heads of this size and code; of 8 bits they know the even grid from -1 to 1 only."""
+    bits = bits_of(codebook)
+    known = (
+        np.allclose(codebook, np.linspace(-1, 1, 256), atol=1e-6) if bits == 8 else bits in BITS and symmetric(codebook)
     )
+    return known and size % 16 == 0 and size <= 256
 
 
-def token_table(codebook: tuple[float, ...]) -> np.ndarray:
-    """What kernels decode a token's codes with, uint32 (8,), as float16 bits; zeros for 8 bits, which need none.
+def token_table(codebook: tuple[float, ...]) -> mx.array:
+    """What kernels decode a token's codes with, see `table_words`: codes 0 to 7, of 4 bits the negative magnitudes.
 
-    Two words of low bytes and two of high bytes of the values of codes 0 to 7 (of 4 bits: of the negative
-    magnitudes), then four words of magnitudes.
+    Zeros for 8 bits, which need none.
     """
     if bits_of(codebook) == 8:
-        return np.zeros(8, np.uint32)
+        return mx.zeros((8,), mx.uint32)
     values = np.array(codebook, np.float16)
     magnitudes = values[len(values) // 2 :]
-    halves = np.resize(-magnitudes if len(codebook) == 16 else values, 8).view(np.uint16)
-    low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
-    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
-    return np.concatenate(words)
+    return table_words(-magnitudes if len(codebook) == 16 else values, magnitudes)
 
 
 def pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:

@@ -14,6 +14,15 @@ from metal_kernels.launch import SIMD, Kernel
 INPUTS = ("x", "x_scales", "codes", "scales", "table")
 SOURCES = ("codes.metal", "matvec.metal", "matmul.metal", "experts.metal")
 
+_FIND = """
+  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
+  share.rows = 16 * share.tiles - SPARE;
+  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
+    return;
+  }
+"""
+"""Where a kernel over rows in the order of their experts begins: whose rows are this threadgroup's?"""
+
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
     sources=SOURCES,
@@ -37,13 +46,9 @@ SEGMENTS = Kernel(
     sources=SOURCES,
     inputs=(*INPUTS, "first_rows", "first_blocks"),
     outputs=("out",),
-    body="""
+    body=_FIND
+    + """
   THREADGROUP_ARRAY(float, partial, SLICES * TILES * 16 * COLUMNS);
-  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
-  share.rows = 16 * share.tiles - SPARE;
-  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
-    return;
-  }
   turboquant::matvec<BITS, GROUP, TILES, SLICES, PARTS, COLUMNS, NVIDIA, T>(
       x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
       table, out + share.first * share.rows, partial, share.count * PARTS, share.tiles, share.blocks, share.rows,
@@ -56,13 +61,9 @@ MATMUL = Kernel(
     sources=SOURCES,
     inputs=(*INPUTS, "first_rows", "first_blocks"),
     outputs=("out",),
-    body="""
+    body=_FIND
+    + """
   THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
-  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
-  share.rows = 16 * share.tiles - SPARE;
-  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
-    return;
-  }
   turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, T>(
       x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
       table, out + share.first * share.rows, staged, share.count * PARTS, share.tiles, share.blocks, share.rows,

@@ -17,7 +17,7 @@ MOST_EXCHANGED = 4096
 
 ROTATE = Kernel(
     name="turboquant_rotate",
-    sources=("hadamard.metal",),
+    sources=("lanes.metal", "hadamard.metal"),
     inputs=("x", "signs", "odd"),
     outputs=("out", "scales"),
     body="""

@@ -74,10 +74,23 @@ class TileWeight:
         return self.codes.shape[1] * BLOCK_COLUMNS
 
 
+def symmetric(codebook: tuple[float, ...]) -> bool:
+    """Whether a codebook's halves mirror each other about zero, which kernels' sign and magnitude need."""
+    values = np.array(codebook, np.float16)
+    return np.array_equal(values, -values[::-1])
+
+
 def fits(codebook: tuple[float, ...]) -> bool:
     """Whether the kernels take weights of this codebook."""
-    values = np.array(codebook, np.float16)
-    return bits_of(codebook) in BITS and np.array_equal(values, -values[::-1])
+    return bits_of(codebook) in BITS and symmetric(codebook)
+
+
+def table_words(first_values: np.ndarray, magnitudes: np.ndarray) -> mx.array:
+    """Two words of low bytes and two of high bytes of eight halves, then four of magnitudes, uint32 (8,)."""
+    halves = np.resize(first_values, 8).view(np.uint16)
+    low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
+    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
+    return mx.array(np.concatenate(words))
 
 
 def decoding_table(codebook: tuple[float, ...]) -> mx.array:
@@ -85,18 +98,13 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
 
     Raises KernelError for a codebook that is not symmetric about zero, which the kernels' sign and magnitude need.
     """
-    values = np.array(codebook, np.float16)
-    if not np.array_equal(values, -values[::-1]):
+    if not symmetric(codebook):
         raise KernelError(
             f"the GPU kernels need a codebook symmetric about zero, not {codebook}; use the reference "
             "backend for this weight"
         )
-    magnitudes = values[len(values) // 2 :]
-    by_code = magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes])
-    halves = np.resize(by_code, 8).view(np.uint16)
-    low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
-    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
-    return mx.array(np.concatenate(words))
+    magnitudes = np.array(codebook[len(codebook) // 2 :], np.float16)
+    return table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]), magnitudes)
 
 
 def sign_bits(signs: mx.array | None, width: int) -> mx.array:

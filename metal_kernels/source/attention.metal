@@ -60,10 +60,6 @@ inline float weight_of(float score, float most) {
   return score == NOTHING ? 0.0f : power_of_two(score - most);
 }
 
-inline float larger(float a, float b) {
-  return a > b ? a : b;
-}
-
 template <int SIZE>
 inline uint pair_of_row(Shared<float> values, Shared<float> factors, uint row, uint column) {
   float factor = factors[row];
@@ -374,10 +370,7 @@ inline void rotate_queries(Device<const T> queries, Device<const uint> signs, De
       float value = values[row * SIZE + i];
       most = larger(most, value < 0 ? -value : value);
     }
-    UNROLL
-    for (int distance = 1; distance < 32; distance *= 2) {
-      most = larger(most, shuffle_xor(most, distance));
-    }
+    most = greatest_over_lanes(most);
     if (index % 32 == 0) {
       uint exponent = scale_exponent(most);
       factors[row] = bits_float(exponent << 23);
@@ -420,18 +413,11 @@ inline void join_parts(Device<const float> sums, Device<const float> stats, Devi
   for (uint i = lane; i < parts; i += 32) {
     most = larger(most, stats[2 * i]);
   }
-  UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    most = larger(most, shuffle_xor(most, distance));
-  }
+  most = greatest_over_lanes(most);
   for (uint i = lane; i < parts; i += 32) {
     total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
   }
-  UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    total += shuffle_xor(total, distance);
-  }
-  total += weight_of(sink, most);
+  total = sum_over_lanes(total) + weight_of(sink, most);
   float mine[EACH];
   UNROLL
   for (int c = 0; c < EACH; c++) {

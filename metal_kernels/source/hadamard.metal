@@ -105,11 +105,7 @@ inline float greatest(Device<const T> row, uint width, Shared<float> scratch, ui
     value = value < 0 ? -value : value;
     most = value > most ? value : most;
   }
-  UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    float other = shuffle_xor(most, distance);
-    most = other > most ? other : most;
-  }
+  most = greatest_over_lanes(most);
   if (index % 32 == 0) {
     scratch[index / 32] = most;
   }

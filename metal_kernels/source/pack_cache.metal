@@ -11,23 +11,6 @@ inline uint nearest_code(float value, Device<const float> codebook) {
   return code;
 }
 
-inline float sum_over_lanes(float value) {
-  UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    value += shuffle_xor(value, distance);
-  }
-  return value;
-}
-
-inline float greatest_over_lanes(float value) {
-  UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    float other = shuffle_xor(value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
 // The values of one group that a lane has, every 32nd; those beyond the end are zero and count for nothing.
 template <int BITS, int GROUP>
 struct Group {

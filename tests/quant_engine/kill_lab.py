@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numba
 
 from quant_engine.convert import convert
 from quant_engine.journal import JOURNAL
+from tests.forked import in_child
 
 MAX_SHARD_BYTES = 70_000
 WITHIN = "model.layers.1.mlp.gate_proj"
@@ -26,19 +26,6 @@ WITHIN = "model.layers.1.mlp.gate_proj"
 @numba.njit
 def warm_up(number: int) -> int:
     return number
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a forked process, in which MLX was not used before; its exit code, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def convert_until_killed(source: Path, output: Path, number: int, log: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import Engine, event
 
 from registry import ModelRecord, open_registry
+from tests.forked import in_child
 
 Act = Callable[[Path], None]
 
@@ -89,19 +90,6 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "recover-remove": (two_models_and_a_killed(remove), reopen),
     "first-open": (nothing, reopen),
 }
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a forked process; its exit code, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die_before_change(number: int, log: Path) -> None:
