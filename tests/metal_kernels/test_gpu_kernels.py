@@ -186,7 +186,7 @@ MATVEC, ROTATE = "turboquant_matvec", "turboquant_rotate"
 OUTPUT = "out[at * rows + first_tile * 16 + row"
 FAULTS = {
     "a dropped barrier": (MATVEC, "barrier();\nwrite_sums<", "write_sums<"),
-    "a wrong shuffle distance": (ROTATE, "shuffle_xor(value, distance)", "shuffle_xor(value, distance ^ 3)"),
+    "a wrong shuffle distance": (ROTATE, "other = shuffle_xor(value, distance)", "other = shuffle_xor(value, distance ^ 3)"),
     "an output one off": (MATVEC, f"{OUTPUT}]", f"{OUTPUT} + 1]"),
     "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
     "a wrong stride": (MATVEC, "sum += partial[(slice * 16", "sum += partial[(slice * 15"),
