@@ -26,6 +26,7 @@ from benchmarks.harness import report
 from quant_engine import QuantConfig, loader
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.fast_layers import fuse_feed_forward
+from quant_engine.fused_layer import fuse_decoder_layers
 from quant_engine.kv_cache import convert_cache_to_turboquant
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.rotation import choose_block
@@ -72,6 +73,7 @@ def random_turboquant(config: dict[str, Any], bits: int) -> nn.Module:
     manifest = Manifest.of(QuantConfig(bits=bits), modules, {}, {})
     model = loader.assemble(config, manifest, tensors, DTYPE, True)
     fuse_feed_forward(model)
+    fuse_decoder_layers(model)
     adapter.route(model)
     mx.eval(model.parameters())
     return model

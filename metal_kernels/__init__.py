@@ -27,9 +27,12 @@ from metal_kernels.dispatch import (
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.experts import Experts, expert_matmul
 from metal_kernels.feed_forward import feed_forward
+from metal_kernels.gpu.decoder_layer import CompiledLayer, TileLayer, position
+from metal_kernels.gpu.products import Gpu
+from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.hadamard import rotate, unrotate
 from metal_kernels.layout import HADAMARD_FACTORS, bits_of, groups, hadamard_block, pack, unpack, words
-from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul, split
+from metal_kernels.matmul import AffineWeight, DenseWeight, PackedWeight, Weight, embed, matmul, split, tiles_of
 from metal_kernels.norm import rms_norm
 from metal_kernels.quantize import dequantize, quantize
 
@@ -40,14 +43,18 @@ __all__ = [
     "Attend",
     "Backend",
     "CacheCode",
+    "CompiledLayer",
     "DecoderLayer",
     "DenseWeight",
     "Experts",
+    "Gpu",
     "HeadNorms",
     "KernelError",
     "Mask",
+    "Norm",
     "PackedWeight",
     "ShapeError",
+    "TileLayer",
     "Turns",
     "Weight",
     "active_backend",
@@ -69,12 +76,14 @@ __all__ = [
     "pack",
     "pack_cache",
     "packed_attention",
+    "position",
     "quantize",
     "reset_paths",
     "rms_norm",
     "rotate",
     "split",
     "swiglu",
+    "tiles_of",
     "unpack",
     "unpack_cache",
     "unrotate",

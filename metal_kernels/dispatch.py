@@ -21,7 +21,7 @@ Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _UNTRIED = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
-_GPU = _UNTRIED | {"quantize"}
+_GPU = _UNTRIED | {"quantize", "decoder_layer"}
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": _GPU,
     "cuda": _GPU,

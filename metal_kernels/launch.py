@@ -70,6 +70,24 @@ def source_text(name: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
+@cache
+def constant(value: float) -> mx.array:
+    """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
+    return mx.full((8,), value)
+
+
+def number(value: int) -> mx.array:
+    """A whole number as the first value of an array: a view, since a new array would have to reach the GPU first."""
+    return _numbers(1 << max(20, (value + 8).bit_length()))[value : value + 8]
+
+
+@cache
+def _numbers(count: int) -> mx.array:
+    numbers = mx.arange(count, dtype=mx.uint32)
+    mx.eval(numbers)
+    return numbers
+
+
 def _dialect() -> Dialect:
     if mx.default_device() == mx.Device(mx.cpu):
         raise KernelError(

@@ -1,4 +1,4 @@
-"""Decoder layers that compute themselves in one step on a CPU, in the place of mlx-lm's own call."""
+"""Decoder layers that compute themselves in fewer steps, in the place of mlx-lm's own call."""
 
 from typing import Any, cast
 
@@ -7,13 +7,20 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from metal_kernels import (
+    CompiledLayer,
     DecoderLayer,
+    Gpu,
     HeadNorms,
     Mask,
+    Norm,
+    TileLayer,
     active_backend,
     attention_rows,
     decoder_layer,
+    device,
     has_kernel,
+    position,
+    tiles_of,
     writable,
 )
 from quant_engine.fast_layers import FeedForward
@@ -24,11 +31,14 @@ from quant_engine.shared_input import Branch
 from quant_engine.token_store import Array, append
 
 
-class _Step:
-    """A layer's weights, its rotary embeddings, and the scale of its scores."""
+class _CpuStep:
+    """A layer in one step in float32: its weights, its rotary embeddings, and the scale of its scores."""
 
     def __init__(self, layer: DecoderLayer, rotary: Rotary, scale: float) -> None:
         self._layer, self._rotary, self._scale = layer, rotary, scale
+
+    def takes(self, x: mx.array) -> bool:
+        return x.dtype == mx.float32 and active_backend() == "cpu" and has_kernel("decoder_layer")
 
     def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -45,8 +55,24 @@ class _Step:
         return writable(attention(mx.array(q), keys, values, cache, self._scale, mask))
 
 
+class _GpuStep:
+    """A layer as two compiled calls, before and after attention, for few positions."""
+
+    def __init__(self, layer: TileLayer, scale: float) -> None:
+        self._layer, self._scale = CompiledLayer(layer), scale
+
+    def takes(self, x: mx.array) -> bool:
+        return self._layer.takes(x) and has_kernel("feed_forward") and has_kernel("decoder_layer")
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
+        queries, keys, values = self._layer.before(x, position(0 if cache is None else int(cache.offset)))
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        return self._layer.after(x, attention(queries, keys, values, cache, self._scale, mask))
+
+
 def fuse_decoder_layers(model: nn.Module) -> int:
-    """Let layers of the known kinds compute themselves in one step; returns how many do.
+    """Let layers of the known kinds compute themselves in fewer steps; returns how many do.
 
     Those stay as they are whose projections are not stacked, have what the step lacks, or whose rotary embeddings turn
     values otherwise. Their modules and parameters are left in place.
@@ -61,38 +87,67 @@ def fuse_decoder_layers(model: nn.Module) -> int:
 
 
 def _stepping(kind: type[nn.Module]) -> type[nn.Module]:
-    """A kind of layer whose call is one step, but for other precisions and caches of rows at different positions."""
+    """A kind of layer whose call is its step's, but for inputs it does not take and rows at different positions."""
 
     def call(self: Any, x: mx.array, mask: Mask = None, cache: Any = None) -> mx.array:
-        plain = x.dtype == mx.float32 and isinstance(getattr(cache, "offset", 0), int)
-        own = plain and active_backend() == "cpu" and has_kernel("decoder_layer")
+        own = isinstance(getattr(cache, "offset", 0), int) and self._step.takes(x)
         return cast(mx.array, self._step(x, mask, cache) if own else kind.__call__(self, x, mask, cache))
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _fused(block: Any, rotaries: list[Rotary]) -> _Step | None:
+def _fused(block: Any, rotaries: list[Rotary]) -> _CpuStep | _GpuStep | None:
     own = block.self_attn
     branch, out, feed_forward = own.q_proj, own.o_proj, block.mlp
     stacked = branch.stacked if isinstance(branch, Branch) else None
-    norms = (block.input_layernorm, block.post_attention_layernorm)
     if not (isinstance(stacked, FastLinear) and isinstance(out, FastLinear) and isinstance(feed_forward, FeedForward)):
         return None
+    if isinstance(out, TurboQuantLinear) and out.corrected:
+        return None
+    gpu = device()
+    if gpu == "cpu":
+        return _cpu_step(block, stacked, out, feed_forward, rotaries)
+    return _gpu_step(block, stacked, out, feed_forward, gpu)
+
+
+def _cpu_step(
+    block: Any, stacked: FastLinear, out: FastLinear, feed_forward: FeedForward, rotaries: list[Rotary]
+) -> _CpuStep | None:
+    own, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
     rotary = Rotary.of(own.rope, stacked.shape[0] // (own.n_heads + 2 * own.n_kv_heads))
-    if rotary is None or (isinstance(out, TurboQuantLinear) and out.corrected) or norms[0].eps != norms[1].eps:
+    if rotary is None or norms[0].eps != norms[1].eps:
         return None
     rotary = shared(rotary, rotaries)
     heads = HeadNorms(_array(own.q_norm.weight), _array(own.k_norm.weight), own.q_norm.eps) if "q_norm" in own else None
     layer = DecoderLayer(
         _array(norms[0].weight), _array(norms[1].weight), norms[0].eps, stacked.weight,
-        _bias(stacked), heads, out.weight, _bias(out), *feed_forward.weights,
-        own.n_heads, own.n_kv_heads,
+        _array(stacked.bias) if "bias" in stacked else None, heads, out.weight,
+        _array(out.bias) if "bias" in out else None, *feed_forward.weights, own.n_heads, own.n_kv_heads,
     )  # fmt: skip
-    return _Step(layer, rotary, own.scale)
+    return _CpuStep(layer, rotary, own.scale)
 
 
-def _bias(layer: FastLinear) -> Array | None:
-    return _array(layer.bias) if "bias" in layer else None
+def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: FeedForward, gpu: Gpu) -> _GpuStep | None:
+    own = block.self_attn
+    qkv, o, gate_up, down = (tiles_of(weight) for weight in (stacked.weight, out.weight, *feed_forward.weights))
+    if qkv is None or o is None or gate_up is None or down is None:
+        return None
+    input_norm, norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+    dtype = norm.weight.dtype
+    of_heads = (own.q_norm, own.k_norm) if "q_norm" in own else None
+    layer = TileLayer(
+        input_norm, norm, qkv, _bias(stacked, dtype), (_norm(of_heads[0]), _norm(of_heads[1])) if of_heads else None,
+        own.rope, o, _bias(out, dtype), gate_up, down, own.n_heads, own.n_kv_heads, gpu,
+    )  # fmt: skip
+    return _GpuStep(layer, own.scale)
+
+
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight, norm.eps)
+
+
+def _bias(layer: FastLinear, dtype: mx.Dtype) -> mx.array | None:
+    return layer.bias.astype(dtype) if "bias" in layer else None
 
 
 def _array(x: mx.array) -> Array:

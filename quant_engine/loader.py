@@ -81,7 +81,7 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
         _cast(model, chosen)
     elif manifest is not None:
         adapter.match_norms(model, active)
-    if on_cpu and fuse:
+    if fuse:
         fuse_decoder_layers(model)
     adapter.route(model)
     mx.eval(model.parameters())

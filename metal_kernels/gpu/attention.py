@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from metal_kernels.gpu.hadamard import factors, odd_factor
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.launch import SIMD, Kernel, constant, number
 from metal_kernels.layout import bits_of
 
 SIMDGROUPS = 4
@@ -208,16 +207,16 @@ def attend(
     outputs = [((all_rows, parts, of_values.size), mx.float32), ((all_rows, parts, 2), mx.float32)]
     inputs = [
         queries, of_keys.signs, *keys, *values, of_keys.table, of_values.table, of_keys.matrix,
-        _number(length), _number(chunk),
-        _constant(scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
-        _constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
+        number(length), number(chunk),
+        constant(scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
+        constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
     constants = {
         "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "SIMDGROUPS": SIMDGROUPS,
         "SINKS": sinks is not None, "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
-    resting = _constant(0.0) if sinks is None else _padded(sinks)
+    resting = constant(0.0) if sinks is None else _padded(sinks)
     inputs = [sums, stats, resting, of_values.signs, of_values.matrix]
     out = ((batch, heads, rows, of_values.size), queries.dtype)
     return JOIN.launch(inputs, [out], (all_rows, 1), SIMD * SIMDGROUPS, constants)[0]
@@ -229,24 +228,6 @@ def _parts(length: int, tiles: int) -> tuple[int, int]:
     chunk = -(-max(length, 1) // most)
     chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
     return chunk, -(-max(length, 1) // chunk)
-
-
-def _number(value: int) -> mx.array:
-    """A whole number as the first value of an array: a view, since a new array would have to reach the GPU first."""
-    return _numbers(1 << max(20, (value + 8).bit_length()))[value : value + 8]
-
-
-@cache
-def _numbers(count: int) -> mx.array:
-    numbers = mx.arange(count, dtype=mx.uint32)
-    mx.eval(numbers)
-    return numbers
-
-
-@cache
-def _constant(value: float) -> mx.array:
-    """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
-    return mx.full((8,), value)
 
 
 def _padded(sinks: mx.array) -> mx.array:

@@ -29,14 +29,14 @@ PAIRS = Kernel(
     inputs=(*INPUTS, "chosen"),
     outputs=("out",),
     body="""
-  THREADGROUP_ARRAY(float, partial, SLICES * TILES * 16 * COLUMNS);
+  THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
   turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
   uint pair = threadgroup_position_in_grid.y, row = pair / TIMES;
   share.expert = chosen[pair];
   share.rows = 16 * share.tiles - SPARE;
-  turboquant::matvec<BITS, GROUP, TILES, SLICES, PARTS, COLUMNS, NVIDIA, T>(
+  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, T>(
       x + row * PARTS * share.blocks * 256, x_scales + row, share.codes(codes), share.scales(scales), table,
-      out + pair * share.rows, partial, PARTS, share.tiles, share.blocks, share.rows, threadgroup_position_in_grid.x, 0,
+      out + pair * share.rows, partial, PARTS, share.blocks, share.rows, threadgroup_position_in_grid.x, 0,
       simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 )
@@ -48,10 +48,10 @@ SEGMENTS = Kernel(
     outputs=("out",),
     body=_FIND
     + """
-  THREADGROUP_ARRAY(float, partial, SLICES * TILES * 16 * COLUMNS);
-  turboquant::matvec<BITS, GROUP, TILES, SLICES, PARTS, COLUMNS, NVIDIA, T>(
+  THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
+  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, T>(
       x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
-      table, out + share.first * share.rows, partial, share.count * PARTS, share.tiles, share.blocks, share.rows,
+      table, out + share.first * share.rows, partial, share.count * PARTS, share.blocks, share.rows,
       threadgroup_position_in_grid.x, share.block, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 )
@@ -109,12 +109,11 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     else:
         chosen = indices
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
-    split = matvec.choose_split(weight.tiles, weight.codes.shape[1])
     one = Activations(ready.halves, ready.scales, 1, ready.parts)
-    constants = matvec.constants(weight, one, split, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
+    constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, _flat(chosen)]
-    out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // split.tiles), chosen.size)
-    y = PAIRS.launch(inputs, [out], groups, SIMD * split.slices, constants)[0]
+    out, groups = ((chosen.size, weight.rows), x.dtype), (weight.tiles, chosen.size)
+    y = PAIRS.launch(inputs, [out], groups, SIMD * matvec.slices_of(weight), constants)[0]
     return y.reshape(*indices.shape, -1, weight.rows)
 
 
@@ -127,9 +126,9 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         constants = matmul.constants(weight, ready, shape, x.dtype)
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
-        kernel, split = SEGMENTS, matvec.choose_split(weight.tiles, weight.codes.shape[1])
-        constants = matvec.constants(weight, ready, split, gpu, x.dtype)
-        columns, threads, step = matvec.COLUMNS, SIMD * split.slices, split.tiles
+        kernel = SEGMENTS
+        constants = matvec.constants(weight, ready, gpu, x.dtype)
+        columns, threads, step = matvec.COLUMNS, SIMD * matvec.slices_of(weight), 1
         constants["COLUMNS"] = columns
     counts = (_flat(chosen)[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)

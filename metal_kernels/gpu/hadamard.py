@@ -23,7 +23,7 @@ ROTATE = Kernel(
     body="""
   THREADGROUP_ARRAY(float, scratch, AT_ONCE * (THREADS + THREADS / 32));
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, GATED, T, OUT>(
+  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, T, OUT>(
       x, signs, odd, out, scales, scratch, matrix, WIDTH, PADDED, threadgroup_position_in_grid.x,
       thread_index_in_threadgroup);
 """,
@@ -49,7 +49,7 @@ def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     constants = _constants(x.dtype, width, block) | {
         "PARTS": 0,
         "SCALED": False,
-        "GATED": False,
+        "KIND": 0,
         "PADDED": width,
         "OUT": x.dtype,
     }
@@ -68,7 +68,7 @@ def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False) -> Ac
     constants = _constants(x.dtype, width, block) | {
         "PARTS": parts,
         "SCALED": x.dtype != mx.float16,
-        "GATED": gated,
+        "KIND": int(gated),
         "PADDED": padded,
         "OUT": mx.float16,
     }

@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 import mlx.core as mx
 
-from metal_kernels.gpu import hadamard, matmul, matvec, tiles
+from metal_kernels.gpu import hadamard, matmul, matvec, tiles, turned_product
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
+from metal_kernels.gpu.turned_product import Norm
 
 FEW_ROWS = 16
 """Up to these the kernel that decodes a weight for every eight rows was faster on an H100. Metal has no other."""
@@ -25,14 +26,14 @@ def fits(codebook: tuple[float, ...], block: int) -> bool:
 def product(x: mx.array, weight: TileWeight, gpu: Gpu) -> mx.array:
     """x (..., width), not rotated, times the transposed weight: (..., rows) in x's dtype."""
     if x.size > FEW_ROWS * weight.width:
-        return _multiply(x, weight, gpu)
+        return multiply(x, weight, gpu)
     return _compiled(weight.recipe, gpu)(x, weight.arrays)
 
 
 def gated_product(x: mx.array, gate_up: TileWeight, down: TileWeight, gpu: Gpu) -> mx.array:
     """A gated feed-forward layer, silu(x gate^T) * (x up^T) times the transposed `down`, in x's dtype."""
     if x.size > FEW_ROWS * gate_up.width:
-        return _multiply(_multiply(x, gate_up, gpu), down, gpu, gated=True)
+        return gated(x, gate_up, down, gpu)
     return _compiled_gated(gate_up.recipe, down.recipe, gpu)(x, gate_up.arrays, down.arrays)
 
 
@@ -41,7 +42,7 @@ def _compiled(recipe: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
     """One call instead of several; an array for each operation would cost more time than the operations."""
 
     def run(x: mx.array, arrays: Arrays) -> mx.array:
-        return _multiply(x, TileWeight(*arrays, *recipe), gpu)
+        return multiply(x, TileWeight(*arrays, *recipe), gpu)
 
     return mx.compile(run)
 
@@ -49,16 +50,42 @@ def _compiled(recipe: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
 @cache
 def _compiled_gated(first: Recipe, second: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
     def run(x: mx.array, gate_up: Arrays, down: Arrays) -> mx.array:
-        both = _multiply(x, TileWeight(*gate_up, *first), gpu)
-        return _multiply(both, TileWeight(*down, *second), gpu, gated=True)
+        return gated(x, TileWeight(*gate_up, *first), TileWeight(*down, *second), gpu)
 
     return mx.compile(run)
 
 
-def _multiply(x: mx.array, weight: TileWeight, gpu: Gpu, gated: bool = False) -> mx.array:
+def multiply(
+    x: mx.array, weight: TileWeight, gpu: Gpu, norm: Norm | None = None, added: mx.array | None = None
+) -> mx.array:
+    """As `product`, of x normalised, plus `added` (..., rows); in one launch where the rows are few."""
     rows = x.reshape(-1, x.shape[-1])
-    ready = hadamard.prepare(rows, weight.signs, weight.block, gated)
-    return times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
+    if turned_product.fits(len(rows), x.dtype, weight, gpu):
+        more = None if added is None else added.reshape(-1, weight.rows)
+        y = turned_product.turned_product(rows, weight, gpu, norm=norm, added=more)
+        return y.reshape(*x.shape[:-1], weight.rows)
+    ready = hadamard.prepare(norm(rows) if norm else rows, weight.signs, weight.block)
+    y = times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
+    return y if added is None else y + added
+
+
+def gated(
+    x: mx.array,
+    gate_up: TileWeight,
+    down: TileWeight,
+    gpu: Gpu,
+    norm: Norm | None = None,
+    added: mx.array | None = None,
+) -> mx.array:
+    """As `gated_product`, of x normalised, plus `added` (..., rows of down)."""
+    rows = x.reshape(-1, x.shape[-1])
+    if turned_product.fits(len(rows), x.dtype, gate_up, gpu) and turned_product.gates_fit(gate_up):
+        inner = turned_product.turned_product(rows, gate_up, gpu, norm=norm, gates=True)
+        return multiply(inner.reshape(*x.shape[:-1], down.width), down, gpu, added=added)
+    both = multiply(rows, gate_up, gpu, norm)
+    ready = hadamard.prepare(both, down.signs, down.block, gated=True)
+    y = times(ready, down, gpu, x.dtype).reshape(*x.shape[:-1], down.rows)
+    return y if added is None else y + added
 
 
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype) -> mx.array:

@@ -8,7 +8,7 @@
 namespace turboquant {
 
 // Below every score; infinities would make differences that are no numbers.
-constexpr float NOTHING = -3.4e38f;
+CONSTANT float NOTHING = -3.4e38f;
 
 template <bool FIRST, typename ONE, typename TWO>
 struct Choose {
@@ -92,7 +92,7 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
 // One simdgroup's rows: running maxima and sums, and weighted sums of values.
 template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS, bool NVIDIA>
 struct Rows {
-  static constexpr int RUN = VALUE_SIZE / 8;
+  CONSTANT int RUN = VALUE_SIZE / 8;
   float most[ROWS], sums[ROWS];
   float out[ROWS][RUN];
 
@@ -236,7 +236,7 @@ struct Rows {
 // By matrix units: rows g and g + 8 in registers, two pairs for each 16 x 8 part of scores or of weighted sums.
 template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP>
 struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 16, true> {
-  static constexpr int RUN = VALUE_SIZE / 8;
+  CONSTANT int RUN = VALUE_SIZE / 8;
   float most[2], sums[2];
   float out[RUN][4];
 

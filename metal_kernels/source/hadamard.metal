@@ -8,9 +8,9 @@ namespace turboquant {
 
 template <int POWER, int THREADS>
 struct Run {
-  static constexpr int EACH = POWER > THREADS ? POWER / THREADS : 1;
-  static constexpr int LANES = POWER < 32 ? POWER : 32;
-  static constexpr int SIMDGROUPS = THREADS / 32;
+  CONSTANT int EACH = POWER > THREADS ? POWER / THREADS : 1;
+  CONSTANT int LANES = POWER < 32 ? POWER : 32;
+  CONSTANT int SIMDGROUPS = THREADS / 32;
   float at[EACH];
 
   template <int BITS>
@@ -83,37 +83,61 @@ inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<flo
   }
 }
 
-// Value `column` of a row of activations; GATED: of silu(gate) * up, whose halves of the row are `width` each.
-template <bool GATED, typename T>
-inline float value_at(Device<const T> row, uint column, uint width) {
-  float value = static_cast<float>(row[column]);
-  if (!GATED) {
-    return value;
-  }
-  // Each step in the activations' own precision, as MLX rounds it.
+CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
+
+// silu(value) * up, each step in the activations' own precision, as MLX rounds it.
+template <typename T>
+inline T gate(float value, float up) {
   float weight = static_cast<float>(static_cast<T>(1 / (1 + power_of_two(-1.44269504f * value))));
-  float gate = static_cast<float>(static_cast<T>(value * weight));
-  return static_cast<float>(static_cast<T>(gate * static_cast<float>(row[width + column])));
+  return static_cast<T>(static_cast<float>(static_cast<T>(value * weight)) * up);
 }
 
-// The greatest |x| of a row of `width` values, to every thread. scratch: one float for each simdgroup.
-template <int THREADS, bool GATED, typename T>
-inline float greatest(Device<const T> row, uint width, Shared<float> scratch, uint index) {
-  float most = 0;
-  for (uint i = index; i < width; i += THREADS) {
-    float value = value_at<GATED>(row, i, width);
-    value = value < 0 ? -value : value;
-    most = value > most ? value : most;
+// A row of activations, `width` of them, as it is, as silu(gate) * up, which follow each other, or normalised and weighted.
+template <int KIND, typename T>
+struct Row {
+  Device<const T> values, weights;
+  uint width;
+  // NORMED: one over the root of the mean square.
+  float factor;
+
+  float at(uint column) const {
+    float value = static_cast<float>(values[column]);
+    if (KIND == GATED) {
+      return static_cast<float>(gate<T>(value, static_cast<float>(values[width + column])));
+    }
+    if (KIND == NORMED) {
+      float normal = static_cast<float>(static_cast<T>(value * factor));
+      return static_cast<float>(static_cast<T>(normal * static_cast<float>(weights[column])));
+    }
+    return value;
   }
-  most = greatest_over_lanes(most);
+};
+
+// A sum or, with MOST, the greatest over a threadgroup, to every thread. scratch: one float for each simdgroup.
+template <int THREADS, bool MOST>
+inline float over_threads(float value, Shared<float> scratch, uint index) {
+  value = MOST ? greatest_over_lanes(value) : sum_over_lanes(value);
+  barrier();
   if (index % 32 == 0) {
-    scratch[index / 32] = most;
+    scratch[index / 32] = value;
   }
   barrier();
-  for (int i = 0; i < THREADS / 32; i++) {
-    most = scratch[i] > most ? scratch[i] : most;
+  value = scratch[0];
+  for (int i = 1; i < THREADS / 32; i++) {
+    value = MOST ? larger(value, scratch[i]) : value + scratch[i];
   }
-  return most;
+  return value;
+}
+
+// The greatest |x| of a row, to every thread.
+template <int THREADS, int KIND, typename T>
+inline float greatest(const thread Row<KIND, T>& row, Shared<float> scratch, uint index) {
+  float most = 0;
+  for (uint i = index; i < row.width; i += THREADS) {
+    float value = row.at(i);
+    most = larger(most, value < 0 ? -value : value);
+  }
+  return over_threads<THREADS, true>(most, scratch, index);
 }
 
 // The exponent field of the power of two that takes `bound` to between 2^14 and 2^15.
@@ -122,75 +146,118 @@ inline uint scale_exponent(float bound) {
   return bound == 0 ? 127 : (field < 1 ? 1 : (field > 253 ? 253 : field));
 }
 
-// Rotates block `group` of x (rows, width), signs one bit a column (set: minus).
+// The small matrix (ODD, ODD), transposed, four values at a time; the barrier after it is the caller's.
+template <int ODD, int THREADS>
+inline void stage_matrix(Device<const float> odd, Shared<uint4> matrix, uint index) {
+  for (uint i = index; i < uint(ODD > 1 ? ODD * ODD / 4 : 0); i += THREADS) {
+    uint b = 4 * i / ODD, a = 4 * i % ODD;
+    matrix[i] = uint4{float_bits(odd[a * ODD + b]), float_bits(odd[(a + 1) * ODD + b]),
+                      float_bits(odd[(a + 2) * ODD + b]), float_bits(odd[(a + 3) * ODD + b])};
+  }
+}
+
+// One block of a row, signs one bit a column (set: minus), turned by THREADS threads.
+template <int ODD, int POWER, int THREADS, bool TRANSFORM>
+struct Turn {
+  CONSTANT int SIZE = ODD * POWER, EACH = Run<POWER, THREADS>::EACH;
+  Run<POWER, THREADS> runs[ODD];
+
+  template <int KIND, typename T>
+  void load(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
+    uint slot = POWER < THREADS ? index % POWER : index;
+    UNROLL
+    for (int a = 0; a < ODD; a++) {
+      UNROLL
+      for (int i = 0; i < EACH; i++) {
+        uint column = start + a * POWER + i * THREADS + slot;
+        float value = row.at(column);
+        runs[a].at[i] = (signs[column / 32] >> (column % 32)) & 1u ? -value : value;
+      }
+    }
+  }
+
+  template <int AT_ONCE>
+  void transform(Shared<float> scratch, uint index) {
+    if (TRANSFORM) {
+      transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index);
+    }
+  }
+
+  // The column of the block that value (b, i) of a thread is.
+  static uint column(int b, int i, uint index) {
+    uint slot = POWER < THREADS ? index % POWER : index;
+    uint last = TRANSFORM && POWER >= THREADS ? Run<POWER, THREADS>::place(index) : slot;
+    return b * POWER + i * THREADS + last;
+  }
+
+  static bool owns(uint index) {
+    return index < uint(POWER);
+  }
+
+  static float norm() {
+    return TRANSFORM ? 1 / sqrt(float(SIZE)) : 1.0f;
+  }
+
+  // Value (b, i), not normalised.
+  float value(Shared<uint4> matrix, int b, int i) const {
+    if (ODD == 1) {
+      return runs[0].at[i];
+    }
+    float value = 0;
+    UNROLL
+    for (int a = 0; a < ODD / 4 * 4; a += 4) {
+      uint4 four = matrix[(b * ODD + a) / 4];
+      value += bits_float(four.x) * runs[a].at[i] + bits_float(four.y) * runs[a + 1].at[i] +
+               bits_float(four.z) * runs[a + 2].at[i] + bits_float(four.w) * runs[a + 3].at[i];
+    }
+    return value;
+  }
+};
+
+// Writes a value at a place of `out`; PARTS 2: its half, and what that lost `stride` further.
+template <int PARTS, typename OUT, typename TO>
+inline void write_parts(TO out, uint at, uint stride, float value) {
+  OUT nearest = static_cast<OUT>(value);
+  out[at] = nearest;
+  if (PARTS == 2) {
+    out[at + stride] = static_cast<OUT>(value - static_cast<float>(nearest));
+  }
+}
+
+// Rotates block `group` of x (rows, width).
 //
 // PARTS 0: to out (rows, width). Otherwise to out (rows * PARTS, padded) of halves, zeros after `width`, scaled by
 // a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
-template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, bool GATED, typename T,
+template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, typename T,
           typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
                    Device<float> scales, Shared<float> scratch, Shared<uint4> matrix, uint width, uint padded,
                    uint group, uint index) {
-  constexpr int SIZE = ODD * POWER, EACH = Run<POWER, THREADS>::EACH;
-  uint blocks = width / SIZE, row = group / blocks, start = group % blocks * SIZE;
-  uint slot = POWER < THREADS ? index % POWER : index;
-  Device<const T> from = x + row * width * (GATED ? 2 : 1);
-  Run<POWER, THREADS> runs[ODD];
-  UNROLL
-  for (int a = 0; a < ODD; a++) {
-    UNROLL
-    for (int i = 0; i < EACH; i++) {
-      uint column = start + a * POWER + i * THREADS + slot;
-      float value = value_at<GATED>(from, column, width);
-      runs[a].at[i] = (signs[column / 32] >> (column % 32)) & 1u ? -value : value;
-    }
-  }
+  using Mine = Turn<ODD, POWER, THREADS, TRANSFORM>;
+  uint blocks = width / Mine::SIZE, row = group / blocks, start = group % blocks * Mine::SIZE;
+  Device<const T> values = x + row * width * (KIND == GATED ? 2 : 1);
+  Row<KIND, T> from{values, values, width, 1.0f};
+  Mine mine;
+  mine.load(from, signs, start, index);
   uint exponent = 127;
   if (SCALED) {
-    float most = greatest<THREADS, GATED, T>(from, width, scratch, index);
-    exponent = scale_exponent(most * sqrt(float(TRANSFORM ? SIZE : 1)));
+    float most = greatest<THREADS>(from, scratch, index);
+    exponent = scale_exponent(most * sqrt(float(TRANSFORM ? Mine::SIZE : 1)));
     barrier();
   }
-  if (ODD > 1) {
-    for (uint i = index; i < uint(ODD * ODD / 4); i += THREADS) {
-      uint b = 4 * i / ODD, a = 4 * i % ODD;
-      matrix[i] = uint4{float_bits(odd[a * ODD + b]), float_bits(odd[(a + 1) * ODD + b]),
-                        float_bits(odd[(a + 2) * ODD + b]), float_bits(odd[(a + 3) * ODD + b])};
-    }
-  }
-  if (TRANSFORM) {
-    transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index);
-  }
+  stage_matrix<ODD, THREADS>(odd, matrix, index);
+  mine.template transform<AT_ONCE>(scratch, index);
   if (ODD > 1) {
     barrier();
   }
-  float factor = bits_float(exponent << 23) / (TRANSFORM ? sqrt(float(SIZE)) : 1.0f);
-  uint last = TRANSFORM && POWER >= THREADS ? Run<POWER, THREADS>::place(index) : slot;
+  constexpr int EACH_ROW = PARTS > 0 ? PARTS : 1;
+  float factor = bits_float(exponent << 23) * Mine::norm();
   for (int b = 0; b < ODD; b++) {
     UNROLL
-    for (int i = 0; i < EACH; i++) {
-      float value = runs[0].at[i];
-      if (ODD > 1) {
-        value = 0;
-        UNROLL
-        for (int a = 0; a < ODD / 4 * 4; a += 4) {
-          uint4 four = matrix[(b * ODD + a) / 4];
-          value += bits_float(four.x) * runs[a].at[i] + bits_float(four.y) * runs[a + 1].at[i] +
-                   bits_float(four.z) * runs[a + 2].at[i] + bits_float(four.w) * runs[a + 3].at[i];
-        }
-      }
-      uint column = start + b * POWER + i * THREADS + last;
-      value *= factor;
-      if (PARTS == 0) {
-        if (index < uint(POWER)) {
-          out[row * width + column] = static_cast<OUT>(value);
-        }
-      } else if (index < uint(POWER)) {
-        OUT nearest = static_cast<OUT>(value);
-        out[row * PARTS * padded + column] = nearest;
-        if (PARTS == 2) {
-          out[(row * PARTS + 1) * padded + column] = static_cast<OUT>(value - static_cast<float>(nearest));
-        }
+    for (int i = 0; i < Mine::EACH; i++) {
+      float value = mine.value(matrix, b, i) * factor;
+      if (Mine::owns(index)) {
+        write_parts<EACH_ROW, OUT>(out, row * EACH_ROW * padded + start + Mine::column(b, i, index), padded, value);
       }
     }
   }

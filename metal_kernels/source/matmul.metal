@@ -12,7 +12,7 @@ namespace turboquant {
 // The activations of one unit, (COLUMNS, 8 vectors of 8 halves), in turns with the next one's in `tile`.
 template <int COLUMNS, int THREADS>
 struct Staged {
-  static constexpr int EACH = COLUMNS * 8 / THREADS;
+  CONSTANT int EACH = COLUMNS * 8 / THREADS;
   uint4 at[EACH];
 
   void load(Device<const half> x, uint stride, uint first, uint end, uint position, uint index) {

@@ -1,13 +1,13 @@
 // Products of packed weights with COLUMNS columns of activations at a time, 64 at most.
 //
-// A threadgroup takes one or two tiles of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their
-// sums at the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
+// A threadgroup takes a tile of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their sums at
+// the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
 // product is one such row; with PARTS = 2 two of them, high and low part, make one. Sums are float, and a group's
 // scale multiplies its sum.
 
 namespace turboquant {
 
-constexpr int COLUMNS_OF_BLOCK = 256;
+CONSTANT int COLUMNS_OF_BLOCK = 256;
 
 // Scales of a row of a block; GROUP 0: one for the whole row.
 constexpr int groups_of_block(int group) {
@@ -15,13 +15,14 @@ constexpr int groups_of_block(int group) {
 }
 
 // Where the rows of x that a lane reads begin; the last row stands in for those beyond it, whose results are dropped.
-template <int COLUMNS, bool NVIDIA>
+// X points to a device's or a threadgroup's memory.
+template <int COLUMNS, bool NVIDIA, typename X>
 struct RowsOfLane {
-  static constexpr int EACH = NVIDIA ? COLUMNS / 8 : COLUMNS;
-  Device<const half> x;
+  CONSTANT int EACH = NVIDIA ? COLUMNS / 8 : COLUMNS;
+  X x;
   uint offsets[EACH];
 
-  RowsOfLane(Device<const half> all, uint stride, uint first, uint end, uint lane) : x(all + 8 * (lane % 4)) {
+  RowsOfLane(X all, uint stride, uint first, uint end, uint lane) : x(all + 8 * (lane % 4)) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint row = first + (NVIDIA ? 8 * i + lane / 4 : i);
@@ -35,7 +36,8 @@ struct Activations {
   uint4 at[COLUMNS];
 
   // Columns 32p + 8t to 32p + 8t + 7 of a unit, `position` of them before it; rows as in RowsOfLane.
-  void load(const thread RowsOfLane<COLUMNS, NVIDIA>& rows, uint position) {
+  template <typename X>
+  void load(const thread RowsOfLane<COLUMNS, NVIDIA, X>& rows, uint position) {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
       at[i] = load4(rows.x + rows.offsets[i] + position);
@@ -45,7 +47,7 @@ struct Activations {
 
 template <int COLUMNS, bool NVIDIA>
 struct Sums {
-  static constexpr int VALUES = 2 * COLUMNS;
+  CONSTANT int VALUES = 2 * COLUMNS;
   float at[VALUES];
 
   void clear() {
@@ -96,7 +98,8 @@ template <int COLUMNS>
 struct Activations<COLUMNS, true> {
   uint4 at[COLUMNS / 8];
 
-  void load(const thread RowsOfLane<COLUMNS, true>& rows, uint position) {
+  template <typename X>
+  void load(const thread RowsOfLane<COLUMNS, true, X>& rows, uint position) {
     UNROLL
     for (int i = 0; i < COLUMNS / 8; i++) {
       at[i] = load4(rows.x + rows.offsets[i] + position);
@@ -165,7 +168,7 @@ struct Scales {
 // A lane's share of one block of one tile, and where to find the next.
 template <int BITS, int GROUP>
 struct Block {
-  static constexpr int GROUPS = groups_of_block(GROUP);
+  CONSTANT int GROUPS = groups_of_block(GROUP);
   Device<const uint> codes;
   Device<const half> factors;
   Words<BITS> words;
@@ -202,93 +205,90 @@ inline void multiply_plane(const thread Words<BITS>& words, const thread Table& 
   }
 }
 
-// Adds the slices' and parts' sums and writes out (outputs, rows).
-template <int TILES, int SLICES, int PARTS, int COLUMNS, typename T>
-inline void write_sums(Shared<float> partial, Device<const float> x_scales, Device<T> out, uint first_tile, uint first,
-                       uint end, uint rows, uint index) {
-  uint outputs = (end - first) / PARTS;
-  for (uint i = index; i < uint(16 * TILES) * outputs; i += 32 * SLICES) {
-    uint row = i % (16 * TILES), output = i / (16 * TILES);
-    float sum = 0;
-    for (int slice = 0; slice < SLICES; slice++) {
-      UNROLL
-      for (int part = 0; part < PARTS; part++) {
-        sum += partial[(slice * 16 * TILES + row) * COLUMNS + output * PARTS + part];
-      }
-    }
-    uint at = first / PARTS + output;
-    if (first_tile * 16 + row < rows) {
-      out[at * rows + first_tile * 16 + row] = static_cast<T>(sum * x_scales[at]);
-    }
-  }
-}
-
-template <int BITS, int GROUP, int TILES, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename T>
-inline void matvec(Device<const half> x, Device<const float> x_scales, Device<const uint> codes, Device<const half> scales,
-                   Device<const uint> table, Device<T> out, Shared<float> partial, uint columns, uint tiles, uint blocks,
-                   uint rows, uint group_x, uint group_y, uint slice, uint lane) {
-  constexpr int AHEAD = 1;
-  Table values = load_table(table);
-  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
-  RowsOfLane<COLUMNS, NVIDIA> x_rows(x, blocks * COLUMNS_OF_BLOCK, first, end, lane);
-  Sums<COLUMNS, NVIDIA> group[TILES], total[TILES];
-  UNROLL
-  for (int i = 0; i < TILES; i++) {
-    group[i].clear();
-    total[i].clear();
-  }
-  uint first_tile = group_x * TILES, second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
-  Block<BITS, GROUP> next[2] = {
-      Block<BITS, GROUP>(codes, scales, first_tile, blocks, slice, lane),
-      Block<BITS, GROUP>(codes, scales, second_tile, blocks, slice, lane)};
-  if (slice < blocks) {
-    UNROLL
-    for (int i = 0; i < TILES; i++) {
-      next[i].load();
-    }
-  }
+// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first.
+template <int BITS, int GROUP, int SLICES, int COLUMNS, bool NVIDIA, typename X>
+inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
+                            const thread Table& table, uint slice, uint blocks, thread Sums<COLUMNS, NVIDIA>& total) {
+  Sums<COLUMNS, NVIDIA> group;
+  group.clear();
   for (uint block = slice; block < blocks; block += SLICES) {
-    Words<BITS> words[TILES];
-    Scales<Block<BITS, GROUP>::GROUPS> factors[TILES];
-    Activations<COLUMNS, NVIDIA> some[AHEAD + 1];
-    UNROLL
-    for (int i = 0; i < AHEAD; i++) {
-      some[i].load(x_rows, block * COLUMNS_OF_BLOCK + 32 * i);
-    }
-    UNROLL
-    for (int i = 0; i < TILES; i++) {
-      words[i] = next[i].words;
-      factors[i] = next[i].scales;
-      next[i].advance(SLICES);
-      if (block + SLICES < blocks) {
-        next[i].load();
-      }
+    Activations<COLUMNS, NVIDIA> some[2];
+    some[0].load(x, block * COLUMNS_OF_BLOCK);
+    Words<BITS> words = next.words;
+    Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
+    next.advance(SLICES);
+    if (block + SLICES < blocks) {
+      next.load();
     }
     loads_first();
     UNROLL
     for (int h = 0; h < 8; h++) {
-      if (h + AHEAD < 8) {
-        some[(h + AHEAD) % (AHEAD + 1)].load(x_rows, block * COLUMNS_OF_BLOCK + 32 * (h + AHEAD));
+      if (h < 7) {
+        some[(h + 1) % 2].load(x, block * COLUMNS_OF_BLOCK + 32 * (h + 1));
         loads_first();
       }
       UNROLL
-      for (int j = 0; j < 2 * TILES; j++) {
-        multiply_plane<BITS, GROUP, COLUMNS, NVIDIA>(words[j / 2], values, some[h % (AHEAD + 1)], factors[j / 2], h / 2,
-                                                     2 * (h % 2) + j % 2, group[j / 2], total[j / 2]);
+      for (int j = 0; j < 2; j++) {
+        multiply_plane<BITS, GROUP, COLUMNS, NVIDIA>(words, table, some[h % 2], factors, h / 2, 2 * (h % 2) + j, group,
+                                                     total);
       }
     }
   }
-  UNROLL
-  for (int i = 0; i < TILES; i++) {
-    if (GROUP == 0) {
-      Block<BITS, GROUP> whole(codes, scales, i == 0 ? first_tile : second_tile, blocks, 0, lane);
-      whole.scales.load(whole.factors);
-      total[i].add_scaled(group[i], whole.scales.at[0]);
-    }
-    total[i].store(partial + (slice * TILES + i) * 16 * COLUMNS, lane);
+  if (GROUP == 0) {
+    total = group;
   }
+}
+
+// Writes one simdgroup's sums of a tile where `add_slices` finds them.
+template <int GROUP, int COLUMNS, bool NVIDIA>
+inline void store_sums(const thread Sums<COLUMNS, NVIDIA>& total, Device<const half> scales, Shared<float> partial,
+                       uint tile, uint slice, uint lane) {
+  Sums<COLUMNS, NVIDIA> sums = total;
+  if (GROUP == 0) {
+    sums.clear();
+    sums.add_scaled(total, load_pair(scales + (tile * 8 + lane / 4) * 2));
+  }
+  sums.store(partial + slice * 16 * COLUMNS, lane);
+}
+
+// The sum of a row of a tile and an output over slices and parts, always in the same order.
+template <int SLICES, int PARTS, int COLUMNS>
+inline float add_slices(Shared<float> partial, uint row, uint output) {
+  float sum = 0;
+  for (int s = 0; s < SLICES; s++) {
+    UNROLL
+    for (int part = 0; part < PARTS; part++) {
+      sum += partial[(s * 16 + row) * COLUMNS + output * PARTS + part];
+    }
+  }
+  return sum;
+}
+
+// Columns `group_y` of x, made ready before, times tile `tile`.
+template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename T>
+inline void matvec(Device<const half> x, Device<const float> x_scales, Device<const uint> codes, Device<const half> scales,
+                   Device<const uint> table, Device<T> out, Shared<float> partial, uint columns, uint blocks, uint rows,
+                   uint tile, uint group_y, uint slice, uint lane) {
+  Table values = load_table(table);
+  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
+  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, blocks * COLUMNS_OF_BLOCK, first, end, lane);
+  Block<BITS, GROUP> next(codes, scales, tile, blocks, slice, lane);
+  if (slice < blocks) {
+    next.load();
+  }
+  Sums<COLUMNS, NVIDIA> total;
+  total.clear();
+  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, values, slice, blocks, total);
+  store_sums<GROUP>(total, scales, partial, tile, slice, lane);
   barrier();
-  write_sums<TILES, SLICES, PARTS, COLUMNS, T>(partial, x_scales, out, first_tile, first, end, rows, slice * 32 + lane);
+  for (uint i = slice * 32 + lane; i < 16 * (end - first) / PARTS; i += 32 * SLICES) {
+    uint row = 16 * tile + i % 16, output = i / 16;
+    if (row < rows) {
+      float sum = add_slices<SLICES, PARTS, COLUMNS>(partial, i % 16, output);
+      output += first / PARTS;
+      out[output * rows + row] = static_cast<T>(sum * x_scales[output]);
+    }
+  }
 }
 
 } // namespace turboquant

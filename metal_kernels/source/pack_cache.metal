@@ -14,7 +14,7 @@ inline uint nearest_code(float value, Device<const float> codebook) {
 // The values of one group that a lane has, every 32nd; those beyond the end are zero and count for nothing.
 template <int BITS, int GROUP>
 struct Group {
-  static constexpr int EACH = (GROUP + 31) / 32, LEVELS = 1 << BITS;
+  CONSTANT int EACH = (GROUP + 31) / 32, LEVELS = 1 << BITS;
   float at[EACH];
 
   // The absolute maximum for 8 bits, otherwise the root mean square refitted twice by least squares.

@@ -2,6 +2,8 @@
 #define NVIDIA_INSTRUCTIONS 1
 #define UNROLL _Pragma("unroll")
 #define THREADGROUP_ARRAY(type, name, size) __shared__ type name[size]
+#define THREADGROUP_HALVES(name, size) __shared__ __align__(16) half name[size]
+#define CONSTANT static constexpr
 #define thread
 #define threadgroup_position_in_grid blockIdx
 #define thread_index_in_threadgroup threadIdx.x
@@ -41,6 +43,10 @@ __device__ inline uint4 load4(Device<const half> at) {
                : "l"(at)
                : "memory");
   return value;
+}
+
+__device__ inline uint4 load4(Shared<half> at) {
+  return *reinterpret_cast<uint4*>(at);
 }
 
 // Read once: keep it out of the first cache, where activations live.

@@ -5,6 +5,8 @@
 #define NVIDIA_INSTRUCTIONS 1
 #define UNROLL
 #define THREADGROUP_ARRAY(type, name, size) emulator::Shared<type> name = emulator::shared_array<type>(size)
+#define THREADGROUP_HALVES(name, size) THREADGROUP_ARRAY(half, name, size)
+#define CONSTANT static constexpr
 #define thread
 #define threadgroup_position_in_grid emulator::group_position()
 #define thread_index_in_threadgroup emulator::thread_index()
@@ -45,6 +47,15 @@ inline float shuffle(float value, uint lane, int line = __builtin_LINE()) {
 
 inline uint4 load4(Device<const half> at) {
   return at.as<uint4>();
+}
+
+inline uint4 load4(Shared<half> at) {
+  uint words[4];
+  for (int i = 0; i < 4; i++) {
+    uint low_bits = emulator::bits_as<unsigned short>(half(at[2 * i]));
+    words[i] = low_bits | (uint(emulator::bits_as<unsigned short>(half(at[2 * i + 1]))) << 16);
+  }
+  return uint4{words[0], words[1], words[2], words[3]};
 }
 
 inline uint4 load4_once(Device<const uint> at) {

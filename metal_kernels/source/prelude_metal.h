@@ -1,6 +1,12 @@
 // The kernels' dialect in Metal's own words.
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define THREADGROUP_ARRAY(type, name, size) threadgroup type name[size]
+// Halves that vectors of eight are read from.
+#define THREADGROUP_HALVES(name, size)           \
+  threadgroup uint4 name##_vectors[(size) / 8];  \
+  threadgroup half* name = reinterpret_cast<threadgroup half*>(name##_vectors)
+// A constant of a program or a type must lie in this address space.
+#define CONSTANT static constant constexpr const
 
 namespace turboquant {
 
@@ -26,6 +32,10 @@ inline float shuffle(float value, uint lane) {
 
 inline uint4 load4(Device<const half> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
+}
+
+inline uint4 load4(Shared<half> at) {
+  return *reinterpret_cast<Shared<uint4>>(at);
 }
 
 inline uint4 load4_once(Device<const uint> at) {

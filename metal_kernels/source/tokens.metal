@@ -5,8 +5,8 @@ namespace turboquant {
 // A lane's run of COUNT codes, from any code on, moved to begin at bit 0.
 template <int BITS, int COUNT>
 struct Stream {
-  static constexpr int SIZE = COUNT * BITS, WORDS = (SIZE + 31) / 32;
-  static constexpr bool ALIGNED = SIZE % 32 == 0;
+  CONSTANT int SIZE = COUNT * BITS, WORDS = (SIZE + 31) / 32;
+  CONSTANT bool ALIGNED = SIZE % 32 == 0;
   uint at[WORDS + 1];
 
   // Run `which` of the runs of a head of `words` words.
@@ -124,8 +124,8 @@ struct TokenDecoder<BITS, true> {
 // A lane's run of one head of a token, its codes and where its scales are.
 template <int BITS, int GROUP, int SIZE, int RUNS>
 struct TokenRun {
-  static constexpr int COUNT = SIZE / RUNS, WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
-  static constexpr bool ONE_SCALE = GROUP % COUNT == 0;
+  CONSTANT int COUNT = SIZE / RUNS, WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
+  CONSTANT bool ONE_SCALE = GROUP % COUNT == 0;
   Stream<BITS, COUNT> codes;
   Device<const half> scales;
   uint which, scale;

@@ -183,13 +183,16 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.arr
 
 
 MATVEC, ROTATE = "turboquant_matvec", "turboquant_rotate"
-OUTPUT = "out[at * rows + first_tile * 16 + row"
 FAULTS = {
-    "a dropped barrier": (MATVEC, "barrier();\nwrite_sums<", "write_sums<"),
-    "a wrong shuffle distance": (ROTATE, "other = shuffle_xor(value, distance)", "other = shuffle_xor(value, distance ^ 3)"),
-    "an output one off": (MATVEC, f"{OUTPUT}]", f"{OUTPUT} + 1]"),
+    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = slice", "for (uint i = slice"),
+    "a wrong shuffle distance": (
+        ROTATE,
+        "other = shuffle_xor(value, distance)",
+        "other = shuffle_xor(value, distance ^ 3)",
+    ),
+    "an output one off": (MATVEC, "out[output * rows + row] =", "out[output * rows + row + 1] ="),
     "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
-    "a wrong stride": (MATVEC, "sum += partial[(slice * 16", "sum += partial[(slice * 15"),
+    "a wrong stride": (MATVEC, "sum += partial[(s * 16", "sum += partial[(s * 15"),
 }
 
 

@@ -1,0 +1,150 @@
+"""Products of few rows with a weight in tiles, in one launch: normed, turned, multiplied, then gated or added.
+
+Every threadgroup turns all rows for itself, which takes less time than launching a kernel that does it once.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metal_kernels.gpu import hadamard
+from metal_kernels.gpu.matvec import COLUMNS
+from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.launch import SIMD, Dialect, Kernel, constant
+
+SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
+
+TURNED_PRODUCT = Kernel(
+    name="turboquant_turned_product",
+    sources=SOURCES,
+    inputs=("x", "weights", "eps", "signs", "odd", "codes", "scales", "table", "added"),
+    outputs=("out",),
+    body="""
+  constexpr int THREADS = 32 * SLICES;
+  using Teams = turboquant::Teams<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
+  constexpr int TURNING = Teams::COUNT * Teams::SCRATCH, ADDING = (PAIRED ? 2 : 1) * SLICES * 16 * COLUMNS;
+  THREADGROUP_HALVES(halves, ROWS * PARTS * (PADDED + 32));
+  THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
+  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
+  THREADGROUP_ARRAY(float, factors, 2 * ROWS);
+  uint index = thread_index_in_threadgroup, rows = x_shape[0];
+  turboquant::Ready<PADDED> ready{halves, factors};
+  turboquant::TileWalk<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, PAIRED, STEP, PADDED, T> walk(
+      codes, scales, codes_shape[0], threadgroup_position_in_grid.x, index / 32, index % 32);
+  turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
+  turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
+      x, weights, eps[0], signs, ready, scratch, matrix, rows, index);
+  turboquant::Result<ADDED, T> result{out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1),
+                                      uint(added_shape[0])};
+  walk.multiply(ready, table, scratch, result, rows * PARTS);
+""",
+)
+
+PLAIN, NORMED = 0, 2
+MOST_VALUES = 64
+"""Values of a block that a thread holds in registers while it is turned."""
+AT_ONCE = 8
+"""Values of a thread that change places with others' between two barriers."""
+MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
+"""Bytes of threadgroup memory."""
+THREADGROUPS = 264
+"""Two for each of an H100's multiprocessors. More tiles than half as many again are taken in turns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMS norm's weight (width,) and the number that keeps its root from zero."""
+
+    weight: mx.array
+    eps: float
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., width) normalised, by MLX."""
+        return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
+    """Whether n rows of activations can be turned in threadgroup memory."""
+    parts = _parts(dtype)
+    if n * parts > COLUMNS or not hadamard.fits(weight.block):
+        return False
+    layout = _layout(weight)
+    return layout.values <= MOST_VALUES and layout.nbytes(_capacity(n) * parts, weight.padded) <= MEMORY[gpu]
+
+
+def gates_fit(weight: TileWeight) -> bool:
+    """Whether the rows of `weight` are two halves of whole tiles."""
+    return weight.rows % (2 * TILE_ROWS) == 0
+
+
+def turned_product(
+    x: mx.array,
+    weight: TileWeight,
+    gpu: Dialect,
+    *,
+    norm: Norm | None = None,
+    gates: bool = False,
+    added: mx.array | None = None,
+) -> mx.array:
+    """x (n, width), not rotated, times the transposed weight, plus `added` (n or 1, rows): (n, rows) in x's dtype.
+
+    norm: x is normalised first. gates: (n, rows / 2) is returned, silu(y[:, :rows / 2]) * y[:, rows / 2:]; see `gates_fit`.
+    """
+    n, layout, parts = x.shape[0], _layout(weight), _parts(x.dtype)
+    tiles = weight.tiles // 2 if gates else weight.tiles
+    step = tiles if tiles <= 3 * THREADGROUPS // 2 else THREADGROUPS
+    constants = {
+        "BITS": weight.bits, "GROUP": weight.group, "SLICES": layout.slices, "PARTS": parts, "NVIDIA": gpu == "cuda",
+        "COLUMNS": COLUMNS if gpu == "cuda" else _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
+        "SCALED": x.dtype != mx.float16, "KIND": NORMED if norm else PLAIN, "WIDTH": weight.width,
+        "PADDED": weight.padded, "PAIRED": gates, "STEP": step, "ROWS": _capacity(n), "ADDED": added is not None, "T": x.dtype,
+    }  # fmt: skip
+    inputs = [
+        x, norm.weight if norm else x, constant(norm.eps if norm else 0.0), weight.signs,
+        hadamard.odd_factor(layout.odd), weight.codes, weight.scales, weight.table, x if added is None else added,
+    ]  # fmt: skip
+    out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
+    return TURNED_PRODUCT.launch(inputs, [out], (step, 1), SIMD * layout.slices, constants)[0]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a weight's rotation and product are shared out in a threadgroup."""
+
+    odd: int
+    power: int
+    slices: int
+
+    @property
+    def team(self) -> int:
+        """Threads that turn one block."""
+        return min(max(self.power, SIMD), SIMD * self.slices)
+
+    @property
+    def values(self) -> int:
+        """A thread's values of a block."""
+        return self.odd * max(1, self.power // self.team)
+
+    def nbytes(self, rows: int, padded: int) -> int:
+        """Bytes of threadgroup memory for `rows` rows of halves."""
+        turning = SIMD * self.slices // self.team * AT_ONCE * (self.team + self.team // SIMD)
+        floats = max(turning, 2 * self.slices * TILE_ROWS * COLUMNS) + self.odd**2 + 2 * COLUMNS + 8
+        return 2 * rows * (padded + 32) + 4 * floats
+
+
+def _layout(weight: TileWeight) -> _Layout:
+    odd, power = hadamard.factors(weight.block)
+    slices = 8 if weight.codes.shape[1] >= 8 else 4
+    if weight.block == 1:
+        power = min(weight.width & -weight.width, hadamard.MOST_THREADS)
+    return _Layout(odd, power, slices)
+
+
+def _parts(dtype: mx.Dtype) -> int:
+    return 2 if dtype == mx.float32 else 1
+
+
+def _capacity(n: int) -> int:
+    """Rows that a kernel is compiled for: as many as are asked for, rounded up to a power of two."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,90 @@
+"""Products that turn their activations themselves, on the emulated GPU, against the reference's separate steps."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from metal_kernels import quantize, reference
+from metal_kernels.gpu import tiles, turned_product
+from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.gpu.turned_product import Norm
+from quant_engine.codebook import lloyd_max
+from quant_engine.rotation import choose_block, signs
+from tests.metal_kernels.test_gpu_kernels import on_machine
+
+ROWS = 40
+BOUND = {mx.float16: 3e-3, mx.float32: 1e-3, mx.bfloat16: 1.6e-2}
+
+
+def weight_of(
+    bits: int, group: int, width: int, block: int | None = None, rows: int = ROWS
+) -> tuple[TileWeight, mx.array]:
+    """A weight in tiles, and the matrix (rows, width) that its codes stand for, in the original domain."""
+    matrix = mx.random.normal((rows, width), key=mx.random.key(bits)) / width**0.5
+    block, turn = block or choose_block(width, "auto"), mx.array(signs(width, 3))
+    turn = turn if block > 1 else None
+    packed, scales = quantize(reference.rotate(matrix, turn, block), lloyd_max(bits), group)
+    values = reference.unrotate(reference.dequantize(packed, scales, lloyd_max(bits)), turn, block)
+    return tiles.arrange(packed, scales, lloyd_max(bits), turn, block), values
+
+
+def activations(n: int, width: int, dtype: mx.Dtype) -> mx.array:
+    return (3 * mx.random.normal((n, width), key=mx.random.key(n))).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(mx.float16, 1), (mx.bfloat16, 3), (mx.float32, 2)], ids=str)
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_every_kind_of_weight(tmp_path: Path, dtype: mx.Dtype, n: int, gpu: turned_product.Dialect) -> None:
+    made = [weight_of(bits, group, 384) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
+    x = activations(n, 384, dtype)
+    found = on_machine(tmp_path, lambda: [turned_product.turned_product(x, weight, gpu) for weight, _ in made])
+    for (weight, values), y in zip(made, found, strict=True):
+        expected = x.astype(mx.float32) @ values.T
+        assert y.dtype == dtype
+        off = mx.abs(y.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+        assert off < BOUND[dtype], (weight.bits, weight.group)
+
+
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [(64, None), (288, None), (512, None), (768, None), (2048, None), (2880, None), (576, 1), (2048, 1), (1024, 128)],
+)
+def test_every_kind_of_rotation_and_several_tiles_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, block: int | None
+) -> None:
+    monkeypatch.setattr(turned_product, "THREADGROUPS", 1)
+    weight, values = weight_of(3, 32, width, block)
+    x = activations(2, width, mx.bfloat16)
+    assert turned_product.fits(2, x.dtype, weight, "metal")
+    (y,) = on_machine(tmp_path, lambda: [turned_product.turned_product(x, weight, "cuda")])
+    expected = x.astype(mx.float32) @ values.T
+    assert mx.abs(y.astype(mx.float32) - expected).max() < BOUND[mx.bfloat16] * mx.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_norms_gates_and_residuals_round_as_their_own_steps_do(tmp_path: Path, dtype: mx.Dtype) -> None:
+    weight, values = weight_of(4, 64, 320, rows=64)
+    norm = Norm((1 + 0.2 * mx.random.normal((320,), key=mx.random.key(5))).astype(dtype), 1e-5)
+    x, added, bias = activations(2, 320, dtype), activations(2, 64, dtype), activations(1, 64, dtype)
+
+    def run() -> list[mx.array]:
+        return [
+            turned_product.turned_product(x, weight, "cuda", norm=norm, added=added),
+            turned_product.turned_product(x, weight, "cuda", added=bias),
+            turned_product.turned_product(x, weight, "cuda", norm=norm, gates=True),
+        ]
+
+    product = norm(x).astype(mx.float32) @ values.T
+    gates, ups = product.astype(dtype).split(2, axis=-1)
+    rights = [product + added, x.astype(mx.float32) @ values.T + bias, gates * mx.sigmoid(gates) * ups]
+    for found, expected in zip(on_machine(tmp_path, run), rights, strict=True):
+        assert found.shape == expected.shape
+        assert mx.abs(found.astype(mx.float32) - expected).max() < BOUND[dtype] * mx.abs(expected).max()
+
+
+def test_what_does_not_fit_threadgroup_memory_is_left_to_two_kernels() -> None:
+    weight = weight_of(2, 64, 2048)[0]
+    assert turned_product.fits(4, mx.float16, weight, "cuda")
+    assert not turned_product.fits(9, mx.float16, weight, "cuda"), "more rows than one product takes"
+    assert not turned_product.fits(8, mx.float16, weight, "metal"), "more memory than Metal has"
