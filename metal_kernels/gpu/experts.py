@@ -34,10 +34,11 @@ PAIRS = Kernel(
   uint pair = threadgroup_position_in_grid.y, row = pair / TIMES;
   share.expert = chosen[pair];
   share.rows = 16 * share.tiles - SPARE;
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, T>(
-      x + row * PARTS * share.blocks * 256, x_scales + row, share.codes(codes), share.scales(scales), table,
-      out + pair * share.rows, partial, PARTS, share.blocks, share.rows, threadgroup_position_in_grid.x, 0,
-      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+  turboquant::Result<false, T, turboquant::Device<const float>> result{
+      out + pair * share.rows, x_scales + row, out, share.rows, 1};
+  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
+      x + row * PARTS * share.blocks * 256, share.codes(codes), share.scales(scales), table, result, partial, PARTS,
+      share.blocks, threadgroup_position_in_grid.x, 0, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 )
 
@@ -49,10 +50,12 @@ SEGMENTS = Kernel(
     body=_FIND
     + """
   THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, T>(
-      x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
-      table, out + share.first * share.rows, partial, share.count * PARTS, share.blocks, share.rows,
-      threadgroup_position_in_grid.x, share.block, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+  turboquant::Result<false, T, turboquant::Device<const float>> result{
+      out + share.first * share.rows, x_scales + share.first, out, share.rows, 1};
+  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
+      x + share.first * PARTS * share.blocks * 256, share.codes(codes), share.scales(scales), table, result, partial,
+      share.count * PARTS, share.blocks, threadgroup_position_in_grid.x, share.block, simdgroup_index_in_threadgroup,
+      thread_index_in_simdgroup);
 """,
 )
 

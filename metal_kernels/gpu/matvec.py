@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel
+from metal_kernels.launch import SIMD, Dialect, Kernel, zeros
 
 COLUMNS = 8
 """Rows of halves that share a decoded weight; more take several turns."""
@@ -12,14 +12,15 @@ COLUMNS = 8
 MATVEC = Kernel(
     name="turboquant_matvec",
     sources=("codes.metal", "matvec.metal"),
-    inputs=("x", "x_scales", "codes", "scales", "table"),
+    inputs=("x", "x_scales", "codes", "scales", "table", "added"),
     outputs=("out",),
     body="""
   THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, T>(
-      x, x_scales, codes, scales, table, out, partial, x_shape[0], codes_shape[1], 16 * codes_shape[0] - SPARE,
-      threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+  turboquant::Result<ADDED, T, turboquant::Device<const float>> result{
+      out, x_scales, added, uint(16 * codes_shape[0] - SPARE), uint(added_shape[0])};
+  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
+      x, codes, scales, table, result, partial, x_shape[0], codes_shape[1], threadgroup_position_in_grid.x,
+      threadgroup_position_in_grid.y, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 )
 
@@ -46,9 +47,14 @@ def constants(
     }
 
 
-def matvec(x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype) -> mx.array:
-    """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
-    values = constants(weight, x, dialect, dtype)
+def matvec(
+    x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, added: mx.array | None = None
+) -> mx.array:
+    """x (n, width), made ready by `prepare`, times the transposed weight, plus `added` (n or 1, rows): (n, rows).
+
+    In `dtype`, which is that of `added`.
+    """
+    values = constants(weight, x, dialect, dtype) | {"ADDED": added is not None}
     groups = (weight.tiles, -(-x.n * x.parts // int(values["COLUMNS"])))  # pyright: ignore[reportArgumentType]
-    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
+    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table, zeros(dtype) if added is None else added]
     return MATVEC.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]

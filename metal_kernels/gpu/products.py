@@ -65,8 +65,7 @@ def multiply(
         y = turned_product.turned_product(rows, weight, gpu, norm=norm, added=more)
         return y.reshape(*x.shape[:-1], weight.rows)
     ready = hadamard.prepare(norm(rows) if norm else rows, weight.signs, weight.block)
-    y = times(ready, weight, gpu, x.dtype).reshape(*x.shape[:-1], weight.rows)
-    return y if added is None else y + added
+    return times(ready, weight, gpu, x.dtype, added).reshape(*x.shape[:-1], weight.rows)
 
 
 def gated(
@@ -84,12 +83,13 @@ def gated(
         return multiply(inner.reshape(*x.shape[:-1], down.width), down, gpu, added=added)
     both = multiply(rows, gate_up, gpu, norm)
     ready = hadamard.prepare(both, down.signs, down.block, gated=True)
-    y = times(ready, down, gpu, x.dtype).reshape(*x.shape[:-1], down.rows)
-    return y if added is None else y + added
+    return times(ready, down, gpu, x.dtype, added).reshape(*x.shape[:-1], down.rows)
 
 
-def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype) -> mx.array:
-    """Activations that `hadamard.prepare` made ready times the transposed weight: (n, rows) in `dtype`."""
+def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:
+    """Activations that `hadamard.prepare` made ready times the transposed weight, plus `added`: (n, rows)."""
+    more = None if added is None else added.reshape(-1, weight.rows)
     if gpu == "metal" or ready.n <= FEW_ROWS:
-        return matvec.matvec(ready, weight, gpu, dtype)
-    return matmul.matmul(ready, weight, dtype)
+        return matvec.matvec(ready, weight, gpu, dtype, more)
+    y = matmul.matmul(ready, weight, dtype)
+    return y if more is None else y + more

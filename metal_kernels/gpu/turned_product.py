@@ -10,7 +10,7 @@ import mlx.core as mx
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.matvec import COLUMNS
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel, constant
+from metal_kernels.launch import SIMD, Dialect, Kernel, constant, zeros
 
 SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
 
@@ -34,15 +34,15 @@ TURNED_PRODUCT = Kernel(
   turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
   turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
       x, weights, eps[0], signs, ready, scratch, matrix, rows, index);
-  turboquant::Result<ADDED, T> result{out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1),
-                                      uint(added_shape[0])};
+  turboquant::Result<ADDED, T, turboquant::Shared<float>> result{
+      out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1), uint(added_shape[0])};
   walk.multiply(ready, table, scratch, result, rows * PARTS);
 """,
 )
 
 PLAIN, NORMED = 0, 2
-MOST_VALUES = 64
-"""Values of a block that a thread holds in registers while it is turned."""
+MOST_WORK = 150_000
+"""Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
 AT_ONCE = 8
 """Values of a thread that change places with others' between two barriers."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
@@ -64,12 +64,13 @@ class Norm:
 
 
 def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
-    """Whether n rows of activations can be turned in threadgroup memory."""
+    """Whether n rows of activations can be turned in threadgroup memory, and should be."""
     parts = _parts(dtype)
     if n * parts > COLUMNS or not hadamard.fits(weight.block):
         return False
     layout = _layout(weight)
-    return layout.values <= MOST_VALUES and layout.nbytes(_capacity(n) * parts, weight.padded) <= MEMORY[gpu]
+    light = weight.width * (8 + layout.odd) <= MOST_WORK
+    return light and layout.nbytes(_capacity(n) * parts, weight.padded) <= MEMORY[gpu]
 
 
 def gates_fit(weight: TileWeight) -> bool:
@@ -88,7 +89,8 @@ def turned_product(
 ) -> mx.array:
     """x (n, width), not rotated, times the transposed weight, plus `added` (n or 1, rows): (n, rows) in x's dtype.
 
-    norm: x is normalised first. gates: (n, rows / 2) is returned, silu(y[:, :rows / 2]) * y[:, rows / 2:]; see `gates_fit`.
+    norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
+    returned.
     """
     n, layout, parts = x.shape[0], _layout(weight), _parts(x.dtype)
     tiles = weight.tiles // 2 if gates else weight.tiles
@@ -98,11 +100,12 @@ def turned_product(
         "COLUMNS": COLUMNS if gpu == "cuda" else _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
         "SCALED": x.dtype != mx.float16, "KIND": NORMED if norm else PLAIN, "WIDTH": weight.width,
-        "PADDED": weight.padded, "PAIRED": gates, "STEP": step, "ROWS": _capacity(n), "ADDED": added is not None, "T": x.dtype,
+        "PADDED": weight.padded, "PAIRED": gates, "STEP": step, "ROWS": _capacity(n),
+        "ADDED": added is not None, "T": x.dtype,
     }  # fmt: skip
     inputs = [
-        x, norm.weight if norm else x, constant(norm.eps if norm else 0.0), weight.signs,
-        hadamard.odd_factor(layout.odd), weight.codes, weight.scales, weight.table, x if added is None else added,
+        x, norm.weight if norm else zeros(x.dtype), constant(norm.eps if norm else 0.0), weight.signs,
+        hadamard.odd_factor(layout.odd), weight.codes, weight.scales, weight.table, zeros(x.dtype) if added is None else added,
     ]  # fmt: skip
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     return TURNED_PRODUCT.launch(inputs, [out], (step, 1), SIMD * layout.slices, constants)[0]
@@ -120,11 +123,6 @@ class _Layout:
     def team(self) -> int:
         """Threads that turn one block."""
         return min(max(self.power, SIMD), SIMD * self.slices)
-
-    @property
-    def values(self) -> int:
-        """A thread's values of a block."""
-        return self.odd * max(1, self.power // self.team)
 
     def nbytes(self, rows: int, padded: int) -> int:
         """Bytes of threadgroup memory for `rows` rows of halves."""

@@ -264,11 +264,31 @@ inline float add_slices(Shared<float> partial, uint row, uint output) {
   return sum;
 }
 
+// What becomes of sums: times the activations' scales, with ADDED plus a row or one row for all.
+template <bool ADDED, typename T, typename SCALES>
+struct Result {
+  Device<T> out;
+  SCALES x_scales;
+  Device<const T> added;
+  uint rows, added_rows;
+
+  float scaled(float sum, uint output) const {
+    return static_cast<float>(static_cast<T>(sum * x_scales[output]));
+  }
+
+  void write(uint row, uint output, float value) const {
+    if (row < rows) {
+      float more = ADDED ? static_cast<float>(added[(added_rows > 1 ? output : 0) * rows + row]) : 0;
+      out[output * rows + row] = static_cast<T>(value + more);
+    }
+  }
+};
+
 // Columns `group_y` of x, made ready before, times tile `tile`.
-template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename T>
-inline void matvec(Device<const half> x, Device<const float> x_scales, Device<const uint> codes, Device<const half> scales,
-                   Device<const uint> table, Device<T> out, Shared<float> partial, uint columns, uint blocks, uint rows,
-                   uint tile, uint group_y, uint slice, uint lane) {
+template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
+inline void matvec(Device<const half> x, Device<const uint> codes, Device<const half> scales, Device<const uint> table,
+                   const thread RESULT& result, Shared<float> partial, uint columns, uint blocks, uint tile, uint group_y,
+                   uint slice, uint lane) {
   Table values = load_table(table);
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
   RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, blocks * COLUMNS_OF_BLOCK, first, end, lane);
@@ -282,12 +302,9 @@ inline void matvec(Device<const half> x, Device<const float> x_scales, Device<co
   store_sums<GROUP>(total, scales, partial, tile, slice, lane);
   barrier();
   for (uint i = slice * 32 + lane; i < 16 * (end - first) / PARTS; i += 32 * SLICES) {
-    uint row = 16 * tile + i % 16, output = i / 16;
-    if (row < rows) {
-      float sum = add_slices<SLICES, PARTS, COLUMNS>(partial, i % 16, output);
-      output += first / PARTS;
-      out[output * rows + row] = static_cast<T>(sum * x_scales[output]);
-    }
+    uint output = first / PARTS + i / 16;
+    float sum = add_slices<SLICES, PARTS, COLUMNS>(partial, i % 16, i / 16);
+    result.write(16 * tile + i % 16, output, result.scaled(sum, output));
   }
 }
 

@@ -80,26 +80,6 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
   barrier();
 }
 
-// What becomes of sums: times the activations' scales, with ADDED plus a row or one row for all.
-template <bool ADDED, typename T>
-struct Result {
-  Device<T> out;
-  Shared<float> x_scales;
-  Device<const T> added;
-  uint rows, added_rows;
-
-  float scaled(float sum, uint output) const {
-    return static_cast<float>(static_cast<T>(sum * x_scales[output]));
-  }
-
-  void write(uint row, uint output, float value) const {
-    if (row < rows) {
-      float more = ADDED ? static_cast<float>(added[(added_rows > 1 ? output : 0) * rows + row]) : 0;
-      out[output * rows + row] = static_cast<T>(value + more);
-    }
-  }
-};
-
 // Tiles `first` and every STEP-th after it times the rows that are ready. PAIRED: the first half of the tiles are gates
 // of the second, and gate(first, second) is the result.
 template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, bool PAIRED, int STEP, int PADDED, typename T>
