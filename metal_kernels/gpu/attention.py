@@ -14,8 +14,8 @@ from metal_kernels.layout import bits_of
 
 SIMDGROUPS = 4
 TOKENS_AT_ONCE = 16 * SIMDGROUPS
-THREADGROUPS = 528
-"""Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
+THREADGROUPS = 264
+"""Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
 SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal")
 

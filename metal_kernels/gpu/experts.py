@@ -5,7 +5,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from metal_kernels.gpu import hadamard, matmul, matvec
+from metal_kernels.gpu import hadamard, matmul, matvec, turned_product
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
@@ -39,6 +39,34 @@ PAIRS = Kernel(
   turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
       x + row * PARTS * share.blocks * 256, share.codes(codes), share.scales(scales), table, result, partial, PARTS,
       share.blocks, threadgroup_position_in_grid.x, 0, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+""",
+)
+
+TURNED_PAIRS = Kernel(
+    name="turboquant_turned_expert_pairs",
+    sources=("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal", "experts.metal"),
+    inputs=("x", "signs", "odd", "codes", "scales", "table", "chosen"),
+    outputs=("out",),
+    body="""
+  constexpr int THREADS = 32 * SLICES;
+  using Teams = turboquant::Teams<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
+  constexpr int TURNING = Teams::COUNT * Teams::SCRATCH, ADDING = SLICES * 16 * COLUMNS;
+  THREADGROUP_HALVES(halves, PARTS * (PADDED + 32));
+  THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
+  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
+  THREADGROUP_ARRAY(float, factors, 2);
+  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
+  uint index = thread_index_in_threadgroup, pair = threadgroup_position_in_grid.y;
+  share.expert = chosen[pair];
+  share.rows = 16 * share.tiles - SPARE;
+  turboquant::Ready<PADDED> ready{halves, factors};
+  turboquant::TileWalk<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, false, STEP, PADDED, T> walk(
+      share.codes(codes), share.scales(scales), share.tiles, threadgroup_position_in_grid.x, index / 32, index % 32);
+  turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
+  turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, 0, WIDTH>(
+      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, matrix, 1, index);
+  turboquant::Result<false, T, turboquant::Shared<float>> result{out + pair * share.rows, factors, out, share.rows, 1};
+  walk.multiply(ready, table, scratch, result, PARTS);
 """,
 )
 
@@ -111,13 +139,27 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
         x, chosen = _all_rows(x, indices)
     else:
         chosen = indices
-    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
-    one = Activations(ready.halves, ready.scales, 1, ready.parts)
-    constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
-    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, _flat(chosen)]
-    out, groups = ((chosen.size, weight.rows), x.dtype), (weight.tiles, chosen.size)
-    y = PAIRS.launch(inputs, [out], groups, SIMD * matvec.slices_of(weight), constants)[0]
+    x = x.reshape(-1, weight.width)
+    if turned_product.fits(1, x.dtype, weight, gpu):
+        y = _turned_pairs(x, weight, _flat(chosen), times, gpu)
+    else:
+        ready = hadamard.prepare(x, weight.signs, weight.block)
+        one = Activations(ready.halves, ready.scales, 1, ready.parts)
+        constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
+        inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, _flat(chosen)]
+        out, groups = ((chosen.size, weight.rows), x.dtype), (weight.tiles, chosen.size)
+        y = PAIRS.launch(inputs, [out], groups, SIMD * matvec.slices_of(weight), constants)[0]
     return y.reshape(*indices.shape, -1, weight.rows)
+
+
+def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int, gpu: Gpu) -> mx.array:
+    """Rows x (n, width), each for `times` of the pairs, turned by the threadgroups that multiply them."""
+    step = min(weight.tiles, -(-turned_product.THREADGROUPS // chosen.size))
+    constants = turned_product.constants(1, x.dtype, weight, gpu)
+    constants |= {"STEP": step, "EXPERTS": weight.experts, "TIMES": times}
+    inputs = [x, *turned_product.turning(weight), weight.codes, weight.scales, weight.table, chosen]
+    out, groups = ((chosen.size, weight.rows), x.dtype), (step, chosen.size)
+    return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight), constants)[0]
 
 
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:

@@ -92,23 +92,38 @@ def turned_product(
     norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
     returned.
     """
-    n, layout, parts = x.shape[0], _layout(weight), _parts(x.dtype)
     tiles = weight.tiles // 2 if gates else weight.tiles
     step = tiles if tiles <= 3 * THREADGROUPS // 2 else THREADGROUPS
-    constants = {
+    more = {"KIND": NORMED if norm else PLAIN, "PAIRED": gates, "STEP": step, "ADDED": added is not None}
+    none = zeros(x.dtype)
+    inputs = [
+        x, norm.weight if norm else none, constant(norm.eps if norm else 0.0), *turning(weight), weight.codes,
+        weight.scales, weight.table, none if added is None else added,
+    ]  # fmt: skip
+    out = ((len(x), weight.rows // 2 if gates else weight.rows), x.dtype)
+    settings = constants(len(x), x.dtype, weight, gpu) | more
+    return TURNED_PRODUCT.launch(inputs, [out], (step, 1), threads_of(weight), settings)[0]
+
+
+def turning(weight: TileWeight) -> tuple[mx.array, mx.array]:
+    """The signs and the odd factor's matrix by which a weight's activations are turned."""
+    return weight.signs, hadamard.odd_factor(_layout(weight).odd)
+
+
+def threads_of(weight: TileWeight) -> int:
+    """Threads of a threadgroup."""
+    return SIMD * _layout(weight).slices
+
+
+def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
+    """The compile-time values of turning n rows and of products with them."""
+    layout, parts = _layout(weight), _parts(dtype)
+    return {
         "BITS": weight.bits, "GROUP": weight.group, "SLICES": layout.slices, "PARTS": parts, "NVIDIA": gpu == "cuda",
         "COLUMNS": COLUMNS if gpu == "cuda" else _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
-        "SCALED": x.dtype != mx.float16, "KIND": NORMED if norm else PLAIN, "WIDTH": weight.width,
-        "PADDED": weight.padded, "PAIRED": gates, "STEP": step, "ROWS": _capacity(n),
-        "ADDED": added is not None, "T": x.dtype,
+        "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
     }  # fmt: skip
-    inputs = [
-        x, norm.weight if norm else zeros(x.dtype), constant(norm.eps if norm else 0.0), weight.signs,
-        hadamard.odd_factor(layout.odd), weight.codes, weight.scales, weight.table, zeros(x.dtype) if added is None else added,
-    ]  # fmt: skip
-    out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
-    return TURNED_PRODUCT.launch(inputs, [out], (step, 1), SIMD * layout.slices, constants)[0]
 
 
 @dataclass(frozen=True)

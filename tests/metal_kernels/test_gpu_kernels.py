@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from metal_kernels import quantize, reference
-from metal_kernels.gpu import experts, hadamard, matmul, matvec, tiles
+from metal_kernels.gpu import experts, hadamard, matmul, matvec, tiles, turned_product
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Kernel
 from quant_engine.codebook import lloyd_max
@@ -89,8 +89,13 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("most_work", [0, turned_product.MOST_WORK], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("gpu", ["metal", "cuda"])
-def test_products_with_experts_equal_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
+def test_products_with_experts_equal_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, most_work: int
+) -> None:
+    monkeypatch.setattr(turned_product, "MOST_WORK", most_work)
+    monkeypatch.setattr(turned_product, "THREADGROUPS", 4)
     monkeypatch.setattr(mx, "compile", lambda run: run)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
     monkeypatch.setattr(matmul, "DEFAULT", matmul.Shape(2, 2, 2, 1))
