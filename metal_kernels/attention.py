@@ -120,10 +120,9 @@ def packed_attention(
     fits = _fits_gpu(key_code) and _fits_gpu(value_code)
     backend = kernel_backend("packed_attention", gpu_fits=fits)
     if backend == "metal" or backend == "cuda":
-        return gpu.attend(
-            queries, keys, values, (_head_code(key_code), _head_code(value_code)), length=length, scale=scale,
-            causal=isinstance(mask, str), bias=_checked_bias(mask, length), sinks=sinks, gpu=backend,
-        )  # fmt: skip
+        kind = gpu.Kind(_head_code(key_code), _head_code(value_code), scale, isinstance(mask, str), backend)
+        bias = _checked_bias(mask, length)
+        return gpu.attend(queries, keys, values, kind, length=length, bias=bias, sinks=sinks)
     if backend == "cpu":
         q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
         k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)

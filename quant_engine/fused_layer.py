@@ -25,7 +25,7 @@ from metal_kernels import (
 )
 from quant_engine.fast_layers import FeedForward
 from quant_engine.linear import FastLinear, TurboQuantLinear
-from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention
+from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention_of_new
 from quant_engine.rotary import Rotary, shared
 from quant_engine.shared_input import Branch
 from quant_engine.token_store import Array, append
@@ -51,8 +51,7 @@ class _CpuStep:
         if cache is None or type(cache) is KVCache:
             keys, values, length = (k, v, k.shape[2]) if cache is None else append(cache, k, v)
             return attention_rows(q, keys, values, length=length, scale=self._scale, mask=mask)
-        keys, values = cache.update_and_fetch(mx.array(k), mx.array(v))
-        return writable(attention(mx.array(q), keys, values, cache, self._scale, mask))
+        return writable(attention_of_new(mx.array(q), mx.array(k), mx.array(v), cache, self._scale, mask))
 
 
 class _GpuStep:
@@ -66,9 +65,7 @@ class _GpuStep:
 
     def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
         queries, keys, values = self._layer.before(x, position(0 if cache is None else int(cache.offset)))
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        return self._layer.after(x, attention(queries, keys, values, cache, self._scale, mask))
+        return self._layer.after(x, attention_of_new(queries, keys, values, cache, self._scale, mask))
 
 
 def fuse_decoder_layers(model: nn.Module) -> int:

@@ -27,6 +27,7 @@ STEP = 256
 _Pair = tuple[mx.array, mx.array]
 
 
+@functools.lru_cache(maxsize=64)
 def cache_code(size: int, bits: int, group_size: int, seed: int) -> CacheCode:
     """How heads of `size` values are coded; raises RecipeError, naming the groups that fit, where they cannot be."""
     codebook = uniform(8) if bits == 8 else lloyd_max(bits)
@@ -115,6 +116,11 @@ class TurboQuantKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> _Pair:
         """Add new tokens; return all keys and values in float, in their original domain, not computed until used."""
+        self.add(keys, values)
+        return self._all()
+
+    def add(self, keys: mx.array, values: mx.array) -> None:
+        """Add new tokens, for `attend` to see."""
         self._dtype = keys.dtype
         self.offset += keys.shape[2]
         new = (keys, values)
@@ -129,7 +135,6 @@ class TurboQuantKVCache:
             self._keys.append(new[0], self._packed)
             self._values.append(new[1], self._packed)
             self._packed += _tokens(new)
-        return self._all()
 
     def _all(self) -> _Pair:
         parts = [p for p in (self._sinks, self._middle(), self._recent) if p is not None and _tokens(p)]

@@ -37,6 +37,10 @@ _ONE_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.((?:gate|up|down)_proj\.\w+)")
 class Attends(Protocol):
     """A cache that computes attention on what it holds."""
 
+    def add(self, keys: mx.array, values: mx.array) -> None:
+        """Add new tokens' keys and values (batch, KV heads, length, size)."""
+        ...
+
     def attend(self, queries: mx.array, *, scale: float, mask: Any, sinks: mx.array | None = None) -> mx.array:
         """Attention of queries (batch, heads, length, size) over the cache."""
         ...
@@ -293,6 +297,19 @@ def attention(
     if hasattr(cache, "bits"):
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return metal_kernels.attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def attention_of_new(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any
+) -> mx.array:
+    """Attention as a layer calls it, after new keys and values (B, KV heads, L, size) joined a cache there is."""
+    if hasattr(cache, "attend"):
+        own = cast(Attends, cache)
+        own.add(keys, values)
+        return own.attend(queries, scale=scale, mask=mask)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    return attention(queries, keys, values, cache, scale, mask)
 
 
 ROUTES: Mapping[str, tuple[Any, Any]] = {

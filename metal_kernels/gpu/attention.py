@@ -1,7 +1,9 @@
 """Attention over packed keys and values, and the packing of new ones, on a GPU."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +14,8 @@ from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
 from metal_kernels.launch import SIMD, Kernel, constant, number
 from metal_kernels.layout import bits_of
 
+FEW, FEW_QUERIES = 4096, 8
+"""Heads of keys, and queries of a row, up to which a launch takes more time than its arithmetic."""
 SIMDGROUPS = 4
 TOKENS_AT_ONCE = 16 * SIMDGROUPS
 THREADGROUPS = 264
@@ -36,7 +40,7 @@ ATTEND = Kernel(
   uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup, index = simdgroup * 32 + lane;
   uint heads = keys_shape[1], room = keys_shape[2], all_rows = queries_shape[1] / heads * queries_shape[2];
   uint tiles = (all_rows + ROWS - 1) / ROWS, part = threadgroup_position_in_grid.x;
-  uint tokens = length[0], each = chunk[0], parts = (tokens + each - 1) / each;
+  uint tokens = length[0], each = chunk[0], parts = threadgroups_per_grid.x;
   uint head = threadgroup_position_in_grid.y / tiles, first = threadgroup_position_in_grid.y % tiles * ROWS;
   uint rows = all_rows - first < uint(ROWS) ? all_rows - first : ROWS;
   uint per_head = all_rows / queries_shape[2], entry = head / heads, of_entry = head % heads * per_head;
@@ -162,6 +166,16 @@ def token_table(codebook: tuple[float, ...]) -> mx.array:
 
 def pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
     """Codes and scales of keys or values x (..., size), see `metal_kernels.pack_cache`."""
+    return _compiled_pack(code)(x) if x.size <= FEW * code.size else _pack(x, code)
+
+
+@cache
+def _compiled_pack(code: HeadCode) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """Compiled, a launch takes a processor a fraction of the time."""
+    return mx.compile(lambda x: _pack(x, code))
+
+
+def _pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
     heads, leading = x.size // code.size, x.shape[:-1]
     constants = {
         "BITS": code.bits, "SIZE": code.size, "GROUP": code.group, "ODD": code.odd, "POWER": code.power, "T": x.dtype,
@@ -174,41 +188,71 @@ def pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
     return codes, scales
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What an attention is compiled for."""
+
+    keys: HeadCode
+    values: HeadCode
+    scale: float
+    causal: bool
+    gpu: Gpu
+
+
 def attend(
     queries: mx.array,
     keys: tuple[mx.array, mx.array],
     values: tuple[mx.array, mx.array],
-    codes: tuple[HeadCode, HeadCode],
+    kind: Kind,
     *,
     length: int,
-    scale: float,
-    causal: bool,
     bias: mx.array | None,
     sinks: mx.array | None,
-    gpu: Gpu,
 ) -> mx.array:
     """Attention over the first `length` tokens: (B, H, L, value size), in the original domain, in queries' dtype.
 
-    bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None.
+    bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None. A context is split by the room for tokens that
+    keys and values have, so that few queries are compiled again only when that grows.
     """
-    of_keys, of_values = codes
+    few = bias is None and queries.shape[2] <= FEW_QUERIES
+    run = _compiled_attend(kind) if few else partial(_attend, kind)
+    return run(queries, *keys, *values, number(length), bias, sinks)
+
+
+@cache
+def _compiled_attend(kind: Kind) -> Callable[..., mx.array]:
+    return mx.compile(partial(_attend, kind))
+
+
+def _attend(
+    kind: Kind,
+    queries: mx.array,
+    key_codes: mx.array,
+    key_scales: mx.array,
+    value_codes: mx.array,
+    value_scales: mx.array,
+    length: mx.array,
+    bias: mx.array | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    of_keys, of_values = kind.keys, kind.values
     batch, heads, rows, _ = queries.shape
-    kv_heads, nvidia = keys[0].shape[1], gpu == "cuda"
-    rows_at_once = 16 if nvidia else 4
+    kv_heads, room = key_codes.shape[1:3]
+    rows_at_once = 16 if kind.gpu == "cuda" else 4
     tiles = -(-heads // kv_heads * rows // rows_at_once) * batch * kv_heads
-    chunk, parts = _parts(length, tiles)
+    chunk, parts = _parts(room, tiles)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
         "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "ROWS": rows_at_once, "SIMDGROUPS": SIMDGROUPS,
-        "MASK": 1 if causal else 0 if bias is None else 2, "NVIDIA": nvidia, "T": queries.dtype,
+        "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda", "T": queries.dtype,
     }  # fmt: skip
     all_rows = batch * heads * rows
     outputs = [((all_rows, parts, of_values.size), mx.float32), ((all_rows, parts, 2), mx.float32)]
     inputs = [
-        queries, of_keys.signs, *keys, *values, of_keys.table, of_values.table, of_keys.matrix,
-        number(length), number(chunk),
-        constant(scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
+        queries, of_keys.signs, key_codes, key_scales, value_codes, value_scales, of_keys.table, of_values.table,
+        of_keys.matrix, length, number(chunk),
+        constant(kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
         constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
@@ -223,7 +267,7 @@ def attend(
 
 
 def _parts(length: int, tiles: int) -> tuple[int, int]:
-    """Tokens of a part of the context, a multiple of TOKENS_AT_ONCE, and how many parts there are."""
+    """Tokens of a part of a context of `length`, a multiple of TOKENS_AT_ONCE, and how many parts there are."""
     most = max(1, THREADGROUPS // tiles)
     chunk = -(-max(length, 1) // most)
     chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE

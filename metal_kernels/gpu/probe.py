@@ -91,10 +91,8 @@ def _packing(gpu: Gpu) -> tuple[mx.array, mx.array]:
 def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
     q, rotated = _activations(1, 4, 1), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
     keys, values = (reference.pack_cache(x, _CODEBOOK, GROUP) for x in rotated)
-    ours = attention.attend(
-        q, keys, values, (_head(), _head()), length=TOKENS, scale=WIDTH**-0.5, causal=False, bias=None, sinks=None,
-        gpu=gpu,
-    )  # fmt: skip
+    kind = attention.Kind(_head(), _head(), WIDTH**-0.5, causal=False, gpu=gpu)
+    ours = attention.attend(q, keys, values, kind, length=TOKENS, bias=None, sinks=None)
     turned = reference.rotate(q.astype(mx.float32), _signs(), WIDTH)
     right = reference.packed_attention(turned, keys, values, (_CODEBOOK, _CODEBOOK), WIDTH**-0.5, None, None)
     return ours, reference.unrotate(right, _signs(), WIDTH)

@@ -6,6 +6,7 @@
 #define CONSTANT static constexpr
 #define thread
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define thread_index_in_threadgroup threadIdx.x
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define thread_index_in_simdgroup (threadIdx.x % 32)

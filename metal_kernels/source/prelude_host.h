@@ -9,6 +9,7 @@
 #define CONSTANT static constexpr
 #define thread
 #define threadgroup_position_in_grid emulator::group_position()
+#define threadgroups_per_grid emulator::group_count()
 #define thread_index_in_threadgroup emulator::thread_index()
 #define simdgroup_index_in_threadgroup (emulator::thread_index() / 32)
 #define thread_index_in_simdgroup (emulator::thread_index() % 32)

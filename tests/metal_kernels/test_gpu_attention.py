@@ -68,15 +68,15 @@ def test_attention_gives_what_the_reference_gives(
 
     def run() -> list[mx.array]:
         return [
-            gpu.attend(q, k, v, (head_code(of_keys), head_code(of_values)), gpu=machine, **options)
-            for q, k, v, options in prepared.values()
+            gpu.attend(q, k, v, gpu.Kind(head_code(of_keys), head_code(of_values), *how, machine), **options)
+            for q, k, v, how, options in prepared.values()
         ]
 
-    for (name, (q, k, v, options)), y in zip(prepared.items(), on_machine(tmp_path, run), strict=True):
-        mask = "causal" if options["causal"] else options["bias"]
+    for (name, (q, k, v, (scale, causal), options)), y in zip(prepared.items(), on_machine(tmp_path, run), strict=True):
+        mask = "causal" if causal else options["bias"]
         with use_backend("reference"):
             expected = packed_attention(
-                q, k, v, of_keys, of_values, length=options["length"], scale=options["scale"], mask=mask,
+                q, k, v, of_keys, of_values, length=options["length"], scale=scale, mask=mask,
                 sinks=options["sinks"],
             )  # fmt: skip
         assert y.shape == expected.shape
@@ -87,7 +87,7 @@ def _case(case: tuple[int, int, int, int, int, str], of_keys: CacheCode, of_valu
     batch, heads, kv_heads, rows, length, kind = case
     with use_backend("reference"):
         k, v = (
-            pack_cache(normal(batch, kv_heads, length + 9, c.size, seed=i), c)
+            pack_cache(normal(batch, kv_heads, length + 90, c.size, seed=i), c)
             for i, c in enumerate((of_keys, of_values))
         )
     bias = None
@@ -95,8 +95,6 @@ def _case(case: tuple[int, int, int, int, int, str], of_keys: CacheCode, of_valu
         bias = mx.where(mx.arange(length) >= mx.array([[13], [0]])[:, None, None], 0.0, -mx.inf)
     if kind == "bias":
         bias = normal(1, heads, rows, length, seed=4)
-    options = {
-        "length": length, "scale": of_keys.size**-0.5, "causal": kind == "causal", "bias": bias,
-        "sinks": normal(heads, seed=5) if kind == "sinks" else None,
-    }  # fmt: skip
-    return normal(batch, heads, rows, of_keys.size, seed=3), k, v, options
+    options = {"length": length, "bias": bias, "sinks": normal(heads, seed=5) if kind == "sinks" else None}
+    how = of_keys.size**-0.5, kind == "causal"
+    return normal(batch, heads, rows, of_keys.size, seed=3), k, v, how, options

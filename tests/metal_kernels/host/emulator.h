@@ -79,7 +79,7 @@ struct Block {
 };
 
 struct Group {
-  Position position{};
+  Position position{}, count{};
   ucontext_t scheduler;
   std::vector<Fiber> fibers;
   std::vector<std::array<Exchange, 2>> exchanges;
@@ -101,6 +101,10 @@ inline unsigned thread_index() {
 
 inline Position group_position() {
   return current->position;
+}
+
+inline Position group_count() {
+  return current->count;
 }
 
 inline void wait(Wait why, int line) {
@@ -344,6 +348,7 @@ inline void launch(Position groups, unsigned threads, const std::function<void()
     for (unsigned x = 0; x < groups.x; x++) {
       Group group;
       group.position = {x, y, 0};
+      group.count = {groups.x, groups.y, 1};
       group.fibers.resize(threads);
       group.exchanges.resize(threads / SIMD);
       group.body = body;
