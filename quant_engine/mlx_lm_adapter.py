@@ -20,6 +20,7 @@ from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ig
 import metal_kernels
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.mlx_lm_config import readable
+from quant_engine.rebinding import rebound, rebound_class
 from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -330,37 +331,11 @@ def route(model: nn.Module) -> int:
     for module in cast(list[nn.Module], model.modules()):
         kind = type(module)
         if kind not in routed:
-            routed[kind] = _routed_class(kind)
+            routed[kind] = rebound_class(kind, ROUTES)
         if routed[kind] is not kind:
             module.__class__ = routed[kind]
             changed += 1
     return changed
-
-
-def _routed_class(kind: type, routes: Mapping[str, tuple[Any, Any]] = ROUTES) -> type:
-    methods: dict[str, FunctionType] = {}
-    for name, function in vars(kind).items():
-        if isinstance(function, FunctionType):
-            replaced = {
-                target: ours
-                for target, (theirs, ours) in routes.items()
-                if target in function.__code__.co_names and function.__globals__.get(target) is theirs
-            }
-            if replaced:
-                methods[name] = _with_globals(function, replaced)
-    return type(kind.__name__, (kind,), methods) if methods else kind
-
-
-def _with_globals(function: FunctionType, replaced: Mapping[str, Any]) -> FunctionType:
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **replaced},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 class Opens(Protocol):
@@ -400,9 +375,9 @@ def run_program(program: str, arguments: Sequence[str], open_model: Opens) -> No
     replaced: dict[str, Any] = {"load": load}
     for name, kind in named.items():
         if isinstance(kind, type):
-            replaced[name] = _routed_class(kind, {"load": (module.load, load)})
+            replaced[name] = rebound_class(kind, {"load": (module.load, load)})
     before, sys.argv = sys.argv, [f"mlx_lm.{program}", *arguments]
     try:
-        _with_globals(main, replaced)()
+        rebound(main, replaced)()
     finally:
         sys.argv = before

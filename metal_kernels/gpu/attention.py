@@ -211,8 +211,8 @@ def attend(
 ) -> mx.array:
     """Attention over the first `length` tokens: (B, H, L, value size), in the original domain, in queries' dtype.
 
-    bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None. A context is split by the room for tokens that
-    keys and values have, so that few queries are compiled again only when that grows.
+    bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None. A context is split by the room for tokens
+    that keys and values have, so that few queries are compiled again only when that grows.
     """
     few = bias is None and queries.shape[2] <= FEW_QUERIES
     run = _compiled_attend(kind) if few else partial(_attend, kind)
