@@ -42,7 +42,7 @@ class Blueprint:
     @property
     def quantized_bytes(self) -> int:
         """Bytes of codes, scales, and QJL's signs and norms."""
-        return sum(spec.nbytes for path, entry in self.modules.items() for spec in packed_tensors(path, entry))
+        return sum(map(packed_bytes, self.modules.values()))
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,6 +58,11 @@ class Blueprint:
 def packed_tensors(path: str, entry: ModuleEntry) -> list[TensorSpec]:
     """The tensors of a quantized module, but for its bias."""
     return [TensorSpec(f"{path}.{part}", dtype, shape) for part, (dtype, shape) in entry.tensors().items()]
+
+
+def packed_bytes(entry: ModuleEntry) -> int:
+    """Bytes of a quantized module, but for its bias."""
+    return sum(spec.nbytes for spec in packed_tensors("", entry))
 
 
 def draw(

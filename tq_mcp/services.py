@@ -62,14 +62,15 @@ class Services:
     ) -> schemas.Conversion:
         """Convert and register a model, both or neither; `output` None puts it under the models folder.
 
-        keep_source: keep a repository's weights in Hugging Face's cache. target_bpw: give each layer a width of its
-        own, so that they average so many bits a weight; the weights are kept then, too.
+        keep_source: keep a repository's weights in Hugging Face's cache. target_bpw: give each layer bits and groups
+        of its own, so that they average so many bits a weight; the weights are kept then, too.
         """
         origin = locate(self._registry, model, revision)
         if target_bpw is not None:
             self._loaded.forget()
             source = resolve(origin.ref, revision=revision, progress=progress)
-            recipe, revision = allocate(source, recipe, target_bpw, progress=progress), source.revision
+            recipe = allocate(source, recipe, target_bpw, keep_unfitting=keep_unfitting, progress=progress)
+            revision = source.revision
         chosen = name or (output.name if output else records.default_name(origin, recipe))
         self._registry.require_free(chosen, output)
         self._loaded.forget()
