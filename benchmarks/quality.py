@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import SHARED, report
+from quant_engine.allocation import allocate
 from quant_engine.compare import DEFAULT_CACHES
-from quant_engine.config import CacheConfig
-from quant_engine.evaluate import evaluate
+from quant_engine.config import CacheConfig, QuantConfig
+from quant_engine.evaluate import compare_recipes, evaluate
 from quant_engine.loader import load
 from quant_engine.recall import recall
+from quant_engine.source import resolve
 from quant_engine.text import load_text
+from quant_engine.variants import Recipe
 
 MODEL = SHARED / "models" / "wiki-qwen2-29m"
 IN_DOMAIN, OUT_OF_DOMAIN = SHARED / "data" / "enwiki_dev.txt", SHARED / "data" / "wikitext2_valid.txt"
@@ -25,6 +28,9 @@ TRANSFORMERS = (
     (IN_DOMAIN, 512, 64, 30.801159), (IN_DOMAIN, 1024, 32, 29.011867),
     (OUT_OF_DOMAIN, 512, 64, 54.500286), (OUT_OF_DOMAIN, 1024, 32, 48.934607),
 )  # fmt: skip
+TARGETS = (4.0, 3.25, 3.0, 2.5)
+"""Bits a weight that are shared out among layers."""
+
 RECALL_CACHES = (None, *DEFAULT_CACHES, CacheConfig(2, 2))
 COMMAND = "python -m benchmarks.quality"
 
@@ -42,22 +48,36 @@ def references() -> list[dict[str, Any]]:
     return rows
 
 
+def recipes() -> list[tuple[Recipe, dict[str, Any]]]:
+    """What is compared with full precision, and what a row says of it beside method, bits and groups."""
+    found: list[tuple[Recipe, dict[str, Any]]] = []
+    for bits in (4, 3, 2):
+        searched, rms = QuantConfig(bits=bits), QuantConfig(bits=bits, scale="rms")
+        found += [
+            (Recipe("affine", searched), {}), (Recipe("turboquant", rms), {"scale": "rms"}),
+            (Recipe("turboquant", searched), {}), (Recipe("turboquant+qjl", searched), {}),
+        ]  # fmt: skip
+    for target in TARGETS:
+        shared_out = allocate(resolve(MODEL), QuantConfig(), target, progress=_line)
+        found.append((Recipe("turboquant", shared_out), {"target_bpw": target}))
+    return found
+
+
 def weights(seq_len: int = 1024, num_samples: int = 24) -> dict[str, Any]:
-    """Every method at every width on held-out Wikipedia."""
-    measured = evaluate(
-        MODEL, bits=(4, 3, 2), text=load_text(IN_DOMAIN), seq_len=seq_len, num_samples=num_samples, progress=_line
-    )
-    base = measured.rows[0].ppl
-    rows = [
-        {
-            "method": row.method, "bits": row.bits or 16, "bits_per_weight": row.bits_per_weight, "ppl": row.ppl,
-            "cost_percent": 100 * (row.ppl / base - 1), "paired_stderr": paired.stderr if paired else None,
-            "kl": row.kl, "top1": row.top1, "kernel_path": row.kernel_path,
-        }
-        for row, paired in zip(measured.rows, measured.differences, strict=True)
-    ]  # fmt: skip
-    report("quality", COMMAND, rows, report=measured.to_dict())
-    return measured.to_dict()
+    """Every method at every width, and bits and groups shared out among layers, on held-out Wikipedia in one run."""
+    compared = recipes()
+    measured = compare_recipes(
+        resolve(MODEL), [recipe for recipe, _ in compared], load_text(IN_DOMAIN),
+        seq_len=seq_len, num_samples=num_samples, progress=_line,
+    )  # fmt: skip
+    base, whole = measured.rows[0].ppl, measured.to_dict()
+    extras = [{}, *(extra for _, extra in compared)]
+    for row, extra, paired in zip(whole["rows"], extras, measured.differences, strict=True):
+        row |= {"cost": row["ppl"] / base - 1, "paired_stderr": paired.stderr if paired else None, **extra}
+    columns = ("method", "bits", "scale", "target_bpw", "bits_per_weight", "ppl", "cost", "paired_stderr", "kl", "top1")
+    rows = [{name: row[name] for name in columns if name in row} for row in whole["rows"]]
+    report("quality", COMMAND, rows, report=whole)
+    return whole
 
 
 def recalled(path: Path, lengths: Sequence[int] = (512, 1900), questions: int = 20) -> list[dict[str, Any]]:

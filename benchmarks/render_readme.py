@@ -1,8 +1,9 @@
 """Write README's results from benchmarks/results/quality.json and speed.json, between README's markers.
 
 Both files hold `machine` and `command`. quality.json adds `report`, which is what `tq-mcp evaluate --json`
-prints. speed.json adds `rows` of `model`, `method`, `bits`, `prompt_tokens_per_s`, `prompt_times_affine`,
-`generation_tokens_per_s`, `generation_times_affine` and `kernel_path`. A file that is absent leaves its table out.
+prints, its rows with `cost`, `paired_stderr` and, where they are unusual, `scale` and `target_bpw`. speed.json
+adds `rows` of `model`, `method`, `bits`, `prompt_tokens_per_s`, `prompt_times_affine`, `generation_tokens_per_s`,
+`generation_times_affine` and `kernel_path`. A file that is absent leaves its table out.
 """
 
 import argparse
@@ -37,11 +38,11 @@ def quality(result: dict[str, Any]) -> str:
     float_ppl = next(row["ppl"] for row in report["rows"] if row["method"] == "float")
     rows = [
         [
-            METHODS[row["method"]] + (f", {row['bits']} bits" if row["method"] != "float" else ""),
+            weights(row),
             number(row["bits_per_weight"], ".2f"),
             number(row["size_bytes"] / 1e6, ".1f"),
             f"{row['ppl']:.2f} ± {row['ppl_stderr']:.2f}",
-            f"{row['ppl'] / float_ppl - 1:+.1%}" if row["method"] != "float" else "",
+            f"{row['cost']:+.1%} ± {row['paired_stderr'] / float_ppl:.1%}" if row["method"] != "float" else "",
             number(row["kl"], ".4f"),
             number(row["top1"], ".1%"),
         ]
@@ -53,6 +54,16 @@ def quality(result: dict[str, Any]) -> str:
         f"{report['num_samples']} windows of {report['seq_len']} tokens. {origin(result)}"
     )
     return f"{caption}\n\n{table(header, rows)}"
+
+
+def weights(row: dict[str, Any]) -> str:
+    """How a row's weights are held, in words."""
+    name = METHODS[row["method"]]
+    if row["method"] == "float":
+        return name
+    if "target_bpw" in row:
+        return f"{name}, {row['target_bpw']} bits shared out"
+    return f"{'codes with RMS scales' if row.get('scale') == 'rms' else name}, {row['bits']} bits"
 
 
 def speed(result: dict[str, Any]) -> str:

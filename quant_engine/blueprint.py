@@ -42,7 +42,7 @@ class Blueprint:
     @property
     def quantized_bytes(self) -> int:
         """Bytes of codes, scales, and QJL's signs and norms."""
-        return sum(spec.nbytes for path, entry in self.modules.items() for spec in packed_tensors(path, entry))
+        return sum(map(packed_bytes, self.modules.values()))
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,6 +58,11 @@ class Blueprint:
 def packed_tensors(path: str, entry: ModuleEntry) -> list[TensorSpec]:
     """The tensors of a quantized module, but for its bias."""
     return [TensorSpec(f"{path}.{part}", dtype, shape) for part, (dtype, shape) in entry.tensors().items()]
+
+
+def packed_bytes(entry: ModuleEntry) -> int:
+    """Bytes of a quantized module, but for its bias."""
+    return sum(spec.nbytes for spec in packed_tensors("", entry))
 
 
 def draw(
@@ -90,7 +95,7 @@ def draw(
         if path in layers and name == f"{path}.weight":
             decision = policy.decide(path, parameter.shape, keep_unfitting=keep_unfitting)
             if decision.quantize:
-                modules[path] = _entry(parameter, recipe, decision.bits)
+                modules[path] = _entry(parameter, recipe, decision.bits, policy.group_size(path))
                 written.append(packed_tensors(path, modules[path]))
                 continue
             excluded[path] = decision.reason
@@ -118,7 +123,7 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _entry(weight: Parameter, recipe: QuantConfig, bits: int) -> ModuleEntry:
+def _entry(weight: Parameter, recipe: QuantConfig, bits: int, group_size: int) -> ModuleEntry:
     if weight.dtype not in FLOATS:
         raise UnsupportedModelError(
             f"tensor {weight.name} is {weight.dtype}; weights must be {', '.join(FLOATS)}: give "
@@ -127,4 +132,4 @@ def _entry(weight: Parameter, recipe: QuantConfig, bits: int) -> ModuleEntry:
     block = 1 if weight.rotated else rotation.choose_block(weight.shape[-1], recipe.rotation)
     if recipe.use_qjl and len(weight.shape) > 2:
         raise RecipeError(f"{weight.name} holds the weights of experts, for which QJL is not available; leave QJL off")
-    return ModuleEntry(bits, recipe.group_size, block, weight.shape, recipe.use_qjl)
+    return ModuleEntry(bits, group_size, block, weight.shape, recipe.use_qjl)

@@ -49,8 +49,9 @@ class QuantConfig(_Recipe):
     Widths of their own, 2, 3, 4, or 16 for as it came: attn_bits, mlp_bits, expert_bits (experts' gate and up
     projections, and down unless expert_down_bits says otherwise), embed_bits and head_bits (embeddings and output
     projection, left as they came by default). skip: modules left as they came; bits_for: (pattern, bits) for modules,
-    the last that matches counts; patterns as in a shell, matched against a module's path. protect_layers: layers at
-    each end left as they came. Raises RecipeError for values outside these.
+    the last that matches counts; patterns as in a shell, matched against a module's path. groups_for: (pattern,
+    group_size) in the same way. protect_layers: layers at each end left as they came. Raises RecipeError for values
+    outside these.
     """
 
     bits: int = 3
@@ -68,6 +69,7 @@ class QuantConfig(_Recipe):
     head_bits: int | None = None
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
+    groups_for: tuple[tuple[str, int], ...] = ()
     protect_layers: int = 0
     fold_rotation: bool = False
 
@@ -76,9 +78,11 @@ class QuantConfig(_Recipe):
         for name in ("attn_bits", "mlp_bits", "expert_bits", "expert_down_bits", "embed_bits", "head_bits"):
             _check(name, getattr(self, name), (None, *MODULE_BITS))
         object.__setattr__(self, "skip", tuple(self.skip))
-        object.__setattr__(self, "bits_for", tuple((str(pattern), bits) for pattern, bits in self.bits_for))
-        for pattern, bits in self.bits_for:
-            _check(f"bits_for {pattern}", bits, MODULE_BITS)
+        for name, allowed in (("bits_for", MODULE_BITS), ("groups_for", GROUP_SIZES)):
+            pairs = tuple((str(pattern), value) for pattern, value in getattr(self, name))
+            object.__setattr__(self, name, pairs)
+            for pattern, value in pairs:
+                _check(f"{name} {pattern}", value, allowed)
         _check_count("protect_layers", self.protect_layers)
         _check("group_size", self.group_size, GROUP_SIZES)
         _check("rotation", self.rotation, ROTATIONS)

@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +218,13 @@ class _Weights:
 
     def _quantize(self, writer: SafetensorsWriter, path: str) -> None:
         weight, entry = self.found[f"{path}.weight"], self.drawn.modules[path]
+        recipe = replace(self.recipe, group_size=entry.group_size)
         out, width = weight.matrix
         step = max(1, CHUNK_VALUES // width)
         for first in range(0, out, step):
             last = min(first + step, out)
             rows = self.found.rows(weight.name, first, last)
-            part = quantize_weight(rows, self.recipe, entry.bits, entry.block)
+            part = quantize_weight(rows, recipe, entry.bits, entry.block)
             _check_scales(part.scales, rows, path)
             writer.write(f"{path}.weight", part.packed)
             writer.write(f"{path}.scales", part.scales)

@@ -112,15 +112,29 @@ def evaluate(
     says what to change.
     """
     source = resolve(ref, revision=revision, progress=progress)
-    cut = windows(load_tokenizer(source), text, seq_len, num_samples)
     if not is_converted(source.config):
         recipes = float_recipes(bits, group_size, affine, qjl)
-        variants, steps = _of_float(source, recipes, cut, progress)
-    else:
-        origin = None if reference is None else resolve(reference, progress=progress)
-        variants, steps = _of_converted(source, origin, affine, cut, progress)
-    scores, paths = _run(variants, cut, steps)
-    return _report(source.name, text, cut, variants, scores, paths)
+        return compare_recipes(source, recipes, text, seq_len=seq_len, num_samples=num_samples, progress=progress)
+    cut = windows(load_tokenizer(source), text, seq_len, num_samples)
+    origin = None if reference is None else resolve(reference, progress=progress)
+    return _report(source.name, text, cut, *_of_converted(source, origin, affine, cut, progress))
+
+
+def compare_recipes(
+    source: Source,
+    recipes: Sequence[Recipe],
+    text: Text,
+    *,
+    seq_len: int = 512,
+    num_samples: int = 32,
+    progress: Progress = silent,
+) -> EvaluationReport:
+    """As `evaluate`, of a float model in full precision and quantized by each of `recipes`.
+
+    All quantize the layers that the first one does.
+    """
+    cut = windows(load_tokenizer(source), text, seq_len, num_samples)
+    return _report(source.name, text, cut, *_of_float(source, recipes, cut, progress))
 
 
 def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool) -> list[Recipe]:
@@ -136,7 +150,7 @@ def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool)
 
 
 def _of_float(
-    source: Source, recipes: list[Recipe], cut: NDArray[np.int32], progress: Progress
+    source: Source, recipes: Sequence[Recipe], cut: NDArray[np.int32], progress: Progress
 ) -> tuple[list[Variant], Steps]:
     config = recipes[0].config if recipes else QuantConfig()
     model = load_source(source, fuse=False)
@@ -188,9 +202,9 @@ def _report(
     text: Text,
     cut: NDArray[np.int32],
     variants: list[Variant],
-    scores: list[list[Score]],
-    paths: list[tuple[str, str]],
+    steps: Steps,
 ) -> EvaluationReport:
+    scores, paths = _run(variants, cut, steps)
     count, length = cut.shape
     rows = tuple(_row(*measured) for measured in zip(variants, scores, paths, strict=True))
     has_float = variants[0].method == "float"

@@ -10,9 +10,9 @@ from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, RecipeError, UnsupportedModelError
 
 METHOD = "turboquant"
-FORMAT_VERSION = 2
-_BEFORE_FOLDING = {"fold_rotation": False, "stream_block": 1}
-"""What a block of version 1 does not state."""
+FORMAT_VERSION = 3
+_SINCE: Mapping[int, dict[str, Any]] = {2: {"fold_rotation": False, "stream_block": 1}, 3: {"groups_for": []}}
+"""What blocks state since a version, and what those before it mean."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ class Manifest:
     @classmethod
     def _from_block(cls, block: dict[str, Any]) -> Self:
         del block["quant_method"]
-        if _checked_version(block.pop("format_version", None)) == 1:
-            block |= _BEFORE_FOLDING
+        found = _checked_version(block.pop("format_version", None))
+        for since, values in _SINCE.items():
+            if found < since:
+                block |= values
         settings = [field.name for field in fields(QuantConfig)]
         expected = {*settings, "codebooks", "modules", "excluded", "source", "tool", "stream_block"}
         _check_keys("the quantization block", block, expected)

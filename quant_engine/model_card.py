@@ -1,11 +1,12 @@
 """The model card of a converted model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
+from quant_engine.manifest import ModuleEntry
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -30,13 +31,12 @@ def model_card(
         matter.append(f"base_model: {source}")
     matter += ["library_name: mlx", "tags:", "- mlx", "- turboquant", "---", ""]
     stated = terms.get("license_name") or terms.get("license")
+    entries = list(drawn.modules.values())
     rows = {
         "source": source,
         "commit": origin["revision"],
         "content (SHA-256)": origin["content_sha256"],
-        "code": f"Lloyd-Max, {recipe.bits} bits" + (", and one bit of QJL residual" if recipe.use_qjl else ""),
-        "scales": f"float16, {_groups(recipe)}, {_SCALES[recipe.scale]}",
-        "rotation": f"{recipe.rotation}, seed {recipe.seed}" + (_FOLDED if recipe.fold_rotation else ""),
+        **(_coding(recipe, entries) if entries else {}),
         "bits a weight, scales included": f"{drawn.bits_per_weight:.3f}",
         "weights quantized": f"{drawn.quantized_parameters:,} of {drawn.parameters:,}",
         "size": f"{drawn.size_bytes / 1e6:,.1f} MB",
@@ -98,7 +98,7 @@ _SCALES = {"search": "of least squared error", "rms": "the root mean square"}
 
 _INTRODUCTION = (
     "Weights compressed with TurboQuant (arXiv 2504.19874): a randomized Hadamard rotation, then the nearest of a few "
-    "values optimal for a Gaussian. No calibration data was used."
+    "values optimal for a Gaussian. Rounding used no calibration data."
 )
 
 _USE = """## Use
@@ -113,8 +113,25 @@ or in Python:
     model, tokenizer = load("PATH/{name}")"""
 
 
-def _groups(recipe: QuantConfig) -> str:
-    return f"one for {recipe.group_size} weights" if recipe.group_size else "one a row"
+def _coding(recipe: QuantConfig, entries: list[ModuleEntry]) -> dict[str, str]:
+    bits = _either(entry.bits for entry in entries)
+    return {
+        "code": f"Lloyd-Max, {bits} bits" + (", and one bit of QJL residual" if recipe.use_qjl else ""),
+        "scales": f"float16, {_groups(entries)}, {_SCALES[recipe.scale]}",
+        "rotation": f"{recipe.rotation}, seed {recipe.seed}" + (_FOLDED if recipe.fold_rotation else ""),
+    }
+
+
+def _groups(entries: list[ModuleEntry]) -> str:
+    sizes = {entry.group_size for entry in entries}
+    shared = [f"one for {_either(sizes - {0})} weights"] if sizes - {0} else []
+    return " or ".join([*shared, *(["one a row"] if 0 in sizes else [])])
+
+
+def _either(numbers: Iterable[int]) -> str:
+    """The different ones in words: "2, 3 or 4"."""
+    *others, last = map(str, sorted(set(numbers)))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _kept(drawn: Blueprint, folded: bool) -> list[str]:

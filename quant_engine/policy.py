@@ -48,13 +48,17 @@ class Policy:
         if bits == WHOLE:
             return Decision(False, reason=reason)
         try:
-            check_width(shape[-1], self.config.group_size)
+            check_width(shape[-1], self.group_size(path))
             choose_block(shape[-1], self.config.rotation)
         except RecipeError as error:
             if keep_unfitting:
                 return Decision(False, reason=str(error))
             raise RecipeError(f"{path}: {error}; or keep such modules in full precision (keep_unfitting)") from error
         return Decision(True, bits)
+
+    def group_size(self, path: str) -> int:
+        """Weights that share a scale in the module at `path`, where it is quantized; 0: one scale a row."""
+        return _last_wish(self.config.groups_for, path, self.config.group_size)
 
     def _width(self, path: str, shape: tuple[int, ...]) -> tuple[int, str]:
         """Bits, and why where they are WHOLE. What cannot be quantized comes first, then the most special wish."""
@@ -63,9 +67,8 @@ class Policy:
             return WHOLE, reason
         if any(fnmatchcase(path, pattern) for pattern in config.skip):
             return WHOLE, "skipped on request"
-        wished = [bits for pattern, bits in config.bits_for if fnmatchcase(path, pattern)]
-        if wished:
-            return wished[-1], "left whole on request"
+        if bits := _last_wish(config.bits_for, path, 0):
+            return bits, "left whole on request"
         if self._protected(path):
             return WHOLE, f"one of the {config.protect_layers} layers at each end, protected on request"
         return self._class_width(path, experts=len(shape) == 3)
@@ -88,6 +91,11 @@ class Policy:
         found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", path)
         ends = self.config.protect_layers
         return bool(found and ends and not ends <= int(found[1]) < self.layers - ends)
+
+
+def _last_wish(wishes: tuple[tuple[str, int], ...], path: str, usual: int) -> int:
+    """What the last pattern that matches a module says; `usual` where none does."""
+    return next((value for pattern, value in reversed(wishes) if fnmatchcase(path, pattern)), usual)
 
 
 def _structure(path: str, shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine import turboquant_mlx
-from quant_engine.blueprint import packed_tensors
+from quant_engine.blueprint import packed_bytes
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
 from quant_engine.experts import DenseExperts, ExpertsLinear, affine_experts, quantized_experts
@@ -74,11 +74,11 @@ class FloatModel:
     """
 
     def __init__(self, model: nn.Module, size_bytes: int, policy: Policy) -> None:
-        self._model, self._size_bytes = model, size_bytes
-        layers = adapter.linear_modules(model, (DenseLinear, nn.Linear, DenseExperts))
-        layers |= adapter.expert_modules(model)
+        self._model, self._size_bytes, self._policy = model, size_bytes, policy
         self._layers = {
-            path: layer for path, layer in layers.items() if policy.decide(path, weight_of(layer).shape).quantize
+            path: layer
+            for path, layer in layers_of(model).items()
+            if policy.decide(path, weight_of(layer).shape).quantize
         }
         if not self._layers:
             raise RecipeError("the policy quantizes no layer of this model, so there is nothing to compare")
@@ -94,11 +94,14 @@ class FloatModel:
         return Variant("float", None, None, bits, self._size_bytes, self._model, self._layers)
 
     def quantized(self, recipe: Recipe, report: Callable[[], None]) -> Variant:
-        """The model with its layers quantized; `report` is called after each layer."""
+        """The model with its layers quantized, by this project's codes each at its own bits and groups.
+
+        `report` is called after each layer.
+        """
         modules: dict[str, nn.Module] = {}
         stored = 0
         for path, layer in self._layers.items():
-            made = quantize_layer(layer, recipe)
+            made = quantize_layer(layer, self._recipe_for(path, layer, recipe))
             modules[path], stored = made, stored + made.weight_nbytes
             report()
         config = recipe.config
@@ -106,6 +109,18 @@ class FloatModel:
         return Variant(
             recipe.method, config.bits, config.group_size, 8 * stored / self._weights, size, self._model, modules
         )
+
+    def _recipe_for(self, path: str, layer: nn.Module, recipe: Recipe) -> Recipe:
+        if recipe.method == "affine":
+            return recipe
+        policy = replace(self._policy, config=recipe.config)
+        bits, group_size = policy.decide(path, weight_of(layer).shape).bits, policy.group_size(path)
+        return replace(recipe, config=replace(recipe.config, bits=bits, group_size=group_size))
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a float model, experts' included, by path; load it with `fuse=False`."""
+    return adapter.linear_modules(model, (DenseLinear, nn.Linear, DenseExperts)) | adapter.expert_modules(model)
 
 
 def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuantLinear | ExpertsLinear:
@@ -142,7 +157,7 @@ def converted(model: nn.Module, source: Source) -> tuple[Variant, QuantConfig]:
     if manifest is not None:
         recipe = manifest.config
         shapes = {path: entry.shape for path, entry in manifest.modules.items()}
-        stored = sum(spec.nbytes for path, entry in manifest.modules.items() for spec in packed_tensors(path, entry))
+        stored = sum(map(packed_bytes, manifest.modules.values()))
     else:
         recipe = turboquant_mlx.recipe_of(source.config)
         layers = adapter.linear_modules(model, (TurboQuantLinear, ExpertsLinear))

@@ -11,7 +11,7 @@ from quant_engine.allocation import allocate
 from quant_engine.compare import DEFAULT_CACHES, compare_caches
 from quant_engine.config import CacheConfig, QuantConfig
 from quant_engine.convert import convert
-from quant_engine.errors import DownloadError, OutputError, TurboQuantError
+from quant_engine.errors import DownloadError, InputError, OutputError, TurboQuantError
 from quant_engine.evaluate import evaluate
 from quant_engine.export import export
 from quant_engine.generate import generate
@@ -58,18 +58,27 @@ class Services:
         keep_unfitting: bool = False,
         keep_source: bool = False,
         target_bpw: float | None = None,
+        target_text: str | Path | None = None,
         progress: Progress = silent,
     ) -> schemas.Conversion:
         """Convert and register a model, both or neither; `output` None puts it under the models folder.
 
-        keep_source: keep a repository's weights in Hugging Face's cache. target_bpw: give each layer a width of its
-        own, so that they average so many bits a weight; the weights are kept then, too.
+        keep_source: keep a repository's weights in Hugging Face's cache. target_bpw: give each layer bits and groups
+        of its own, so that they average so many bits a weight; the weights are kept then, too. target_text: as
+        `load_text` takes it, to measure on instead of text that the model writes.
         """
+        if target_text is not None and target_bpw is None:
+            raise InputError(
+                f"target_text is {str(target_text)!r} and there is no target_bpw to share out by it; give target_bpw, "
+                "or leave target_text out"
+            )
         origin = locate(self._registry, model, revision)
         if target_bpw is not None:
+            text = None if target_text is None else load_text(target_text)
             self._loaded.forget()
             source = resolve(origin.ref, revision=revision, progress=progress)
-            recipe, revision = allocate(source, recipe, target_bpw, progress=progress), source.revision
+            recipe = allocate(source, recipe, target_bpw, keep_unfitting=keep_unfitting, text=text, progress=progress)
+            revision = source.revision
         chosen = name or (output.name if output else records.default_name(origin, recipe))
         self._registry.require_free(chosen, output)
         self._loaded.forget()

@@ -14,7 +14,7 @@ README = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 def row(method: str, ppl: float, **values: Any) -> dict[str, Any]:
     return {
         "method": method, "bits": 3, "group_size": 64, "bits_per_weight": 3.25, "size_bytes": 12_000_000,
-        "ppl": ppl, "ppl_stderr": 0.5, "kl": 0.125, "top1": 0.75, **values,
+        "ppl": ppl, "ppl_stderr": 0.5, "kl": 0.125, "top1": 0.75, "cost": ppl / 20 - 1, "paired_stderr": 0.2, **values,
     }  # fmt: skip
 
 
@@ -22,7 +22,8 @@ def row(method: str, ppl: float, **values: Any) -> dict[str, Any]:
 def results(tmp_path: Path) -> Path:
     report = {
         "model": "models/tiny", "text": {"name": "a.txt", "sha256": "0"}, "seq_len": 512, "num_samples": 8,
-        "rows": [row("float", 20.0, bits=None, kl=None, top1=None), row("turboquant", 21.0)],
+        "rows": [row("float", 20.0, bits=None, kl=None, top1=None), row("turboquant", 21.0),
+                 row("turboquant", 22.0, scale="rms"), row("turboquant", 20.5, target_bpw=3.25)],
     }  # fmt: skip
     quality = {"machine": "a laptop", "command": "make bench", "report": report}
     (tmp_path / "quality.json").write_text(json.dumps(quality))
@@ -31,7 +32,13 @@ def results(tmp_path: Path) -> Path:
 
 def test_a_row_holds_the_measured_numbers_and_the_cost(results: Path) -> None:
     text = render(README, results)
-    assert "| **TurboQuant**, 3 bits | 3.25 | 12.0 | 21.00 ± 0.50 | +5.0% | 0.1250 | 75.0% |" in text
+    assert "| **TurboQuant**, 3 bits | 3.25 | 12.0 | 21.00 ± 0.50 | +5.0% ± 1.0% | 0.1250 | 75.0% |" in text
+
+
+def test_rows_of_one_method_are_told_apart(results: Path) -> None:
+    text = render(README, results)
+    assert "| codes with RMS scales, 3 bits | 3.25 | 12.0 | 22.00" in text
+    assert "| **TurboQuant**, 3.25 bits shared out | 3.25 | 12.0 | 20.50" in text
 
 
 def test_a_missing_measurement_is_left_empty(results: Path) -> None:

@@ -30,7 +30,7 @@ def test_the_block_states_all_that_loading_needs() -> None:
     block = _manifest().to_dict()
     assert (block["quant_method"], block["format_version"], block["code"], block["seed"]) == (
         "turboquant",
-        2,
+        3,
         "lloyd_max",
         5,
     )
@@ -54,15 +54,19 @@ def test_other_models_have_no_manifest(config: dict[str, Any]) -> None:
     assert Manifest.from_config(config) is None
 
 
-def test_a_block_of_version_1_is_read_as_one_of_a_model_that_is_not_folded() -> None:
-    config = _config(format_version=1)
-    del config["quantization"]["fold_rotation"], config["quantization"]["stream_block"]
+@pytest.mark.parametrize(
+    ("version", "absent"), [(1, ("fold_rotation", "stream_block", "groups_for")), (2, ("groups_for",))]
+)
+def test_older_blocks_are_read_as_those_of_models_without_what_came_later(version: int, absent: tuple[str]) -> None:
+    config = _config(format_version=version)
+    for name in absent:
+        del config["quantization"][name]
     assert Manifest.from_config(config) == _manifest()
 
 
 def test_a_newer_format_is_refused_with_the_way_to_update() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"format_version 3 and this tq-mcp reads up to 2; .*--upgrade"):
-        Manifest.from_config(_config(format_version=3))
+    with pytest.raises(UnsupportedModelError, match=r"format_version 4 and this tq-mcp reads up to 3; .*--upgrade"):
+        Manifest.from_config(_config(format_version=4))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,18 @@ def test_a_card_names_qjl_and_scales_a_row(tmp_path: Path) -> None:
     assert "base_model" not in text and "commit" not in text
 
 
+def test_a_card_names_all_widths_and_groups_that_layers_have(tmp_path: Path) -> None:
+    own = QuantConfig(attn_bits=4, bits_for=(("*.up_proj", 2),), groups_for=(("*.up_proj", 128), ("*.down_proj", 0)))
+    text = _card(tmp_path, own)
+    assert "Lloyd-Max, 2, 3 or 4 bits |" in text
+    assert "float16, one for 64 or 128 weights or one a row, of least" in text
+
+
+def test_a_card_of_a_model_that_is_left_whole_states_no_code(tmp_path: Path) -> None:
+    text = _card(tmp_path, QuantConfig(skip=("*",)))
+    assert "Lloyd-Max, " not in text and "skipped on request (16)" in text
+
+
 def test_a_card_says_that_the_rotation_is_folded(tmp_path: Path) -> None:
     text = _card(tmp_path, QuantConfig(fold_rotation=True))
     assert "seed 0; norms and the residual stream's rotation folded into the weights" in text

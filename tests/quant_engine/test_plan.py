@@ -12,9 +12,10 @@ from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import CorruptCheckpointError, InputError, RecipeError, UnsafeModelError, UnsupportedModelError
 from quant_engine.plan import RUNTIME_BYTES, cache_bytes, plan
+from quant_engine.source import read_json
 from tests.quant_engine.checkpoints import CONFIG, write_model
 from tests.quant_engine.local_hub import COMMIT, REPOSITORY, LocalHub, local_hub
-from tests.quant_engine.published import write_published
+from tests.quant_engine.published import NAMES, write_published
 
 plan_module = sys.modules["quant_engine.plan"]
 
@@ -41,6 +42,37 @@ def test_sizes_are_exactly_those_of_the_conversion(tmp_path: Path, group_size: i
         assert row.compression == made.source_size_bytes / made.size_bytes
         assert (planned.parameters, planned.quantized_parameters) == (made.parameters, made.quantized_parameters)
         assert planned.excluded == made.excluded
+
+
+TIED = ("cohere2", "gemma2", "gemma3_text", "lfm2", "qwen2")
+WIDTHS = {"attn_bits": 4, "mlp_bits": 2, "expert_bits": 2, "expert_down_bits": 3, "embed_bits": 4, "head_bits": 3}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    *((name, {"widths": WIDTHS}) for name in ("llama", *TIED, "qwen3_moe", "gpt_oss", "mixtral", "qwen3_5_moe")),
+    *((name, {"use_qjl": True}) for name in ("llama", "gemma2", "qwen2", "phi3")),
+    *((name, {"fold_rotation": True}) for name in ("llama", "mistral", "qwen2", "qwen3")),
+    ("qwen2", {"fold_rotation": True, "use_qjl": True, "widths": WIDTHS}),
+    ("llama", {"group_size": 0}),
+    ("llama", {"widths": {"groups_for": [("*.up_proj", 0), ("*.down_proj", 64)], "skip": ["*.0.*"]}}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{n}-{'-'.join(s) or 'usual'}" for n, s in CASES])
+def test_sizes_are_those_of_the_files_of_every_architecture(
+    tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    model = write_published(name, tmp_path / "made")
+    settings = {"group_size": 32, **settings}
+    (row,) = plan(model, bits=[3], keep_unfitting=True, **settings).rows
+    recipe = QuantConfig(bits=3, **settings.pop("widths", {}), **settings)
+    made = convert(model, tmp_path / "out", config=recipe, keep_unfitting=True)
+    assert row.size_bytes == sum(file.stat().st_size for file in made.path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_these_tie_their_embeddings(tmp_path: Path, name: str) -> None:
+    config = read_json(write_published(name, tmp_path) / "config.json")
+    assert config["tie_word_embeddings"]
 
 
 def test_folding_takes_memory_to_convert_and_no_size(tmp_path: Path) -> None:

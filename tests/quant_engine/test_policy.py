@@ -91,6 +91,19 @@ def test_modules_are_left_whole_on_request(path: str, settings: dict[str, Any], 
     assert decision.reason.startswith(reason)
 
 
+def test_modules_get_groups_of_their_own_and_the_last_pattern_counts() -> None:
+    policy = Policy(QuantConfig(groups_for=(("*.mlp.*", 128), ("*.down_proj", 32))))
+    paths = ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.0.self_attn.q_proj")
+    assert [policy.group_size(path) for path in paths] == [128, 32, 64]
+
+
+def test_a_modules_own_groups_must_divide_its_width() -> None:
+    policy = Policy(QuantConfig(groups_for=(("*.down_proj", 32),)))
+    assert policy.decide("layers.0.mlp.down_proj", (64, 96)).quantize
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.up_proj: group_size 64 does not divide a width of 96"):
+        policy.decide("layers.0.mlp.up_proj", (64, 96))
+
+
 def test_gpt_oss_keeps_attention_unless_asked() -> None:
     path = "model.layers.0.self_attn.q_proj"
     kept = Policy(CONFIG, "gpt_oss", 8).decide(path, (64, 64))
@@ -103,6 +116,7 @@ def test_gpt_oss_keeps_attention_unless_asked() -> None:
     [
         ({"attn_bits": 5}, "attn_bits is 5; choose one of None, 2, 3, 4, 16"),
         ({"bits_for": [("x", 1)]}, "bits_for x is 1"),
+        ({"groups_for": [("x", 48)]}, "groups_for x is 48; choose one of 0, 32, 64, 128"),
     ],
 )
 def test_widths_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:

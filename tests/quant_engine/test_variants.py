@@ -99,3 +99,15 @@ def test_labels_name_method_and_bits() -> None:
     assert full.variant().label == "float"
     assert full.quantized(Recipe("affine", CONFIG), lambda: None).label == "affine, 4 bits"
     assert Recipe("turboquant", CONFIG).label == "turboquant, 4 bits"
+
+
+def test_a_recipe_may_give_layers_bits_and_groups_of_their_own() -> None:
+    full = FloatModel(Small(dense), 10**6, Policy(CONFIG))
+    mixed = QuantConfig(bits=4, group_size=32, bits_for=(("up_proj", 2),), groups_for=(("up_proj", 64),))
+    modules = full.quantized(Recipe("turboquant", mixed), lambda: None).modules
+    even = full.quantized(Recipe("turboquant", CONFIG), lambda: None).modules
+    expected = quantize_layer(full.variant().modules["up_proj"], Recipe("turboquant", QuantConfig(bits=2)))
+    x = mx.random.normal((3, WIDTH))
+    assert mx.array_equal(modules["up_proj"](x), expected(x))
+    assert modules["up_proj"].weight_nbytes == OUT * (WIDTH * 2 // 8 + 2 * WIDTH // 64)
+    assert modules["down_proj"].weight_nbytes == even["down_proj"].weight_nbytes

@@ -117,6 +117,13 @@ class TestResults:
         assert made["fold_rotation"] is True
         assert printed(capsys, "models", "show", "folded")["recipe"]["fold_rotation"] is True
 
+    def test_convert_shares_bits_out(self, capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
+        text = ("--target-text", str(demo_model / "README.md"))
+        made = printed(capsys, "convert", "--model", str(demo_model), "--name", "shared", "--target-bpw", "2.8", *text)
+        assert 2.7 < made["bits_per_weight"] <= 2.8
+        assert main(["convert", "--model", str(demo_model), "--name", "no", *text]) != 0
+        assert "there is no target_bpw" in capsys.readouterr().err
+
     def test_convert_in_words(self, capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
         assert main(["convert", "--model", str(demo_model), "--name", "words"]) == 0
         shown = capsys.readouterr().out

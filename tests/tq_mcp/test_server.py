@@ -107,7 +107,8 @@ class TestTheWholeWay:
         assert text["generation_tokens"] == 4
 
     async def test_bits_can_be_shared_out_by_what_layers_bear(self, client: Client, demo_model: Path) -> None:
-        made = await structured(client, "convert_model", model=str(demo_model), target_bpw=3, name="shared")
+        own = {"model": str(demo_model), "target_bpw": 3, "target_text": str(demo_model / "README.md")}
+        made = await structured(client, "convert_model", **own, name="shared")
         assert 2.9 < made["bits_per_weight"] <= 3
 
     async def test_progress_grows_to_the_end(self, client: Client, demo_model: Path) -> None:

@@ -22,7 +22,7 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
-from quant_engine.source import file_sha256
+from quant_engine.source import Source, file_sha256
 from registry import RegistryError, open_registry
 from tests.tq_mcp.conftest import NAME
 from tq_mcp import loaded_model, records
@@ -134,6 +134,36 @@ class TestConvert:
     def test_a_model_converted_already_is_refused(self, services: Services) -> None:
         with pytest.raises(Exception, match="already"):
             services.convert(NAME, recipe=QuantConfig(), name="twice")
+
+    def test_a_target_is_shared_out_by_a_text_of_the_users(
+        self, empty: Services, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: dict[str, Any] = {}
+
+        def allocate(source: Source, recipe: QuantConfig, target: float, **settings: Any) -> QuantConfig:
+            given.update(settings, target=target)
+            return recipe
+
+        monkeypatch.setattr(tq_mcp.services, "allocate", allocate)
+        (tmp_path / "own.txt").write_text("Some prose.")
+        settings: dict[str, Any] = {"recipe": QuantConfig(), "target_bpw": 3.5, "keep_unfitting": True}
+        empty.convert(str(demo_model), target_text=tmp_path / "own.txt", **settings)
+        assert (given["target"], given["keep_unfitting"], given["text"].text) == (3.5, True, "Some prose.")
+        empty.convert(str(demo_model), name="other", **settings)
+        assert given["text"] is None
+
+    @pytest.mark.parametrize(
+        ("target", "text", "words"),
+        [
+            (None, "own.txt", r"target_text is 'own\.txt' and there is no target_bpw .* leave target_text out"),
+            (3.0, "absent.txt", r"text 'absent\.txt' cannot be read"),
+        ],
+    )
+    def test_a_text_that_cannot_be_used_is_refused(
+        self, empty: Services, demo_model: Path, target: float | None, text: str, words: str
+    ) -> None:
+        with pytest.raises(InputError, match=words):
+            empty.convert(str(demo_model), recipe=QuantConfig(), target_bpw=target, target_text=text)
 
 
 SHARD = 400_000

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
             keep_unfitting=arguments.keep_unfitting,
             keep_source=arguments.keep_source,
             target_bpw=arguments.target_bpw,
+            target_text=arguments.target_text,
             progress=progress,
         ),
         output.conversion,

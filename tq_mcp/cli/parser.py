@@ -114,7 +114,12 @@ def _add_convert(commands: Commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of weights that are not quantized (default: as they are)")
     parser.add_argument(
         "--target-bpw", type=float, metavar="BITS",
-        help="average bits a weight, scales included: layers get 2, 3 or 4 by what they bear; runs the float model",
+        help="average bits a weight, scales included: layers get bits and groups by what they bear; runs the float "
+        "model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-text", metavar="FILE",
+        help="UTF-8 file, or wikitext2, to measure on for --target-bpw (default: text that the model writes)",
     )  # fmt: skip
     _add_module_widths(parser)
     _add_keep_unfitting(parser)

@@ -39,9 +39,16 @@ async def convert_model(
         float | None,
         Field(
             ge=2,
-            le=5,
-            description="average bits a weight, scales included; each layer gets 2, 3 or 4 by what it "
-            "bears, measured on text that the float model writes: it has to fit in memory",
+            le=6,
+            description="average bits a weight, scales included; layers without a width of their own get 2, 3 or 4 and "
+            "groups of 32 to 128 by what each bears, measured by running the float model, which has to fit in memory",
+        ),
+    ] = None,
+    target_text: Annotated[
+        str | None,
+        Field(
+            description="what to measure on for target_bpw: path of a UTF-8 file on the server's machine, or wikitext2 "
+            "(downloaded once); default: text that the model writes"
         ),
     ] = None,
     keep_unfitting: arguments.KeepUnfitting = False,
@@ -79,6 +86,7 @@ async def convert_model(
             keep_unfitting=keep_unfitting,
             keep_source=keep_source,
             target_bpw=target_bpw,
+            target_text=target_text,
             progress=progress,
         ),
     )
