@@ -12,7 +12,7 @@ from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 INPUTS = ("x", "x_scales", "codes", "scales", "table")
-SOURCES = ("codes.metal", "matvec.metal", "matmul.metal", "experts.metal")
+SOURCES = ("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal", "experts.metal")
 
 _FIND = """
   turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
@@ -95,7 +95,7 @@ MATMUL = Kernel(
     body=_FIND
     + """
   THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
-  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, T>(
+  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, NVIDIA, T>(
       x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
       table, out + share.first * share.rows, staged, share.count * PARTS, share.tiles, share.blocks, share.rows,
       threadgroup_position_in_grid.x, share.block, thread_index_in_threadgroup);
@@ -103,7 +103,7 @@ MATMUL = Kernel(
 )
 
 MATRIX_ROWS = 16
-"""Rows for each expert, on average, from which NVIDIA's matrix units are filled well enough."""
+"""Rows for each expert, on average, from which matrix units are filled well enough."""
 
 
 def stack(weights: Sequence[TileWeight]) -> TileWeight:
@@ -166,9 +166,9 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
     """Rows of one expert at a time."""
     x, chosen = _all_rows(x, indices)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
-    if gpu == "cuda" and chosen.size >= MATRIX_ROWS * weight.experts:
-        kernel, shape = MATMUL, matmul.DEFAULT
-        constants = matmul.constants(weight, ready, shape, x.dtype)
+    if chosen.size >= MATRIX_ROWS * weight.experts:
+        kernel, shape = MATMUL, matmul.SHAPES[gpu]
+        constants = matmul.constants(weight, ready, shape, gpu, x.dtype)
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
         kernel = SEGMENTS
@@ -196,5 +196,6 @@ def _flat(indices: mx.array) -> mx.array:
 
 
 def _starts(counts: mx.array) -> mx.array:
-    """Where each run of `counts` begins, and where the last ends, uint32."""
-    return mx.concatenate([mx.zeros((1,), mx.uint32), mx.cumsum(counts).astype(mx.uint32)])
+    """Where each run of `counts` begins, and where the last ends, uint32; long enough to lie in a device's memory."""
+    sums = mx.cumsum(counts).astype(mx.uint32)
+    return mx.concatenate([mx.zeros((1,), mx.uint32), sums, mx.zeros((8,), mx.uint32)])

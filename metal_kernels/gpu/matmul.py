@@ -1,4 +1,4 @@
-"""Products of many rows of activations with a weight in tiles, on NVIDIA's matrix units."""
+"""Products of many rows of activations with a weight in tiles, on matrix units."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,16 @@ import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.launch import SIMD, Dialect, Kernel
 
 MATMUL = Kernel(
     name="turboquant_matmul",
-    sources=("codes.metal", "matvec.metal", "matmul.metal"),
+    sources=("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal"),
     inputs=("x", "x_scales", "codes", "scales", "table"),
     outputs=("out",),
     body="""
   THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
-  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, T>(
+  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, NVIDIA, T>(
       x, x_scales, codes, scales, table, out, staged, x_shape[0], codes_shape[0], codes_shape[1],
       16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
       thread_index_in_threadgroup);
@@ -42,18 +42,24 @@ class Shape:
         return SIMD * self.row_groups * self.column_groups
 
 
-DEFAULT = Shape(2, 8, 4, 1)
+SHAPES: dict[Dialect, Shape] = {"cuda": Shape(2, 8, 4, 1), "metal": Shape(2, 4, 4, 1)}
+"""Fastest on an H200; for Apple's, which has not run yet, half as many sums in registers."""
 
 
-def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = DEFAULT) -> mx.array:
+def matmul(
+    x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, shape: Shape | None = None
+) -> mx.array:
     """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
+    shape = shape or SHAPES[dialect]
     groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
     inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
     out = ((x.n, weight.rows), dtype)
-    return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dtype))[0]
+    return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dialect, dtype))[0]
 
 
-def constants(weight: TileWeight, x: Activations, shape: Shape, dtype: mx.Dtype) -> dict[str, int | bool | mx.Dtype]:
+def constants(
+    weight: TileWeight, x: Activations, shape: Shape, dialect: Dialect, dtype: mx.Dtype
+) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values."""
     return {
         "BITS": weight.bits,
@@ -63,6 +69,7 @@ def constants(weight: TileWeight, x: Activations, shape: Shape, dtype: mx.Dtype)
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
         "PARTS": x.parts,
+        "NVIDIA": dialect == "cuda",
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
     }

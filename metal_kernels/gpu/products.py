@@ -12,7 +12,7 @@ from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
 from metal_kernels.gpu.turned_product import Norm
 
 FEW_ROWS = 16
-"""Up to these the kernel that decodes a weight for every eight rows was faster on an H100. Metal has no other."""
+"""Up to these the kernel that decodes a weight for every eight rows was faster on an H100."""
 
 Gpu = Literal["metal", "cuda"]
 GPUS: tuple[Gpu, ...] = get_args(Gpu)
@@ -89,7 +89,7 @@ def gated(
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:
     """Activations that `hadamard.prepare` made ready times the transposed weight, plus `added`: (n, rows)."""
     more = None if added is None else added.reshape(-1, weight.rows)
-    if gpu == "metal" or ready.n <= FEW_ROWS:
+    if ready.n <= FEW_ROWS:
         return matvec.matvec(ready, weight, gpu, dtype, more)
-    y = matmul.matmul(ready, weight, dtype)
+    y = matmul.matmul(ready, weight, gpu, dtype)
     return y if more is None else y + more

@@ -7,10 +7,8 @@
 
 namespace turboquant {
 
-#ifdef NVIDIA_INSTRUCTIONS
-
 // The activations of one unit, (COLUMNS, 8 vectors of 8 halves), in turns with the next one's in `tile`.
-template <int COLUMNS, int THREADS>
+template <int COLUMNS, int THREADS, typename UNIT>
 struct Staged {
   CONSTANT int EACH = COLUMNS * 8 / THREADS;
   uint4 at[EACH];
@@ -26,25 +24,20 @@ struct Staged {
     }
   }
 
-  // Rows in turn exchange their halves, so that eight lanes read from all banks at once.
-  static uint place(uint row, uint vector) {
-    return row * 8 + (vector ^ (4 * (row % 2)));
-  }
-
   void store(Shared<uint4> tile, uint index) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint vector = index + i * THREADS;
-      tile[place(vector / 8, vector % 8)] = at[i];
+      tile[UNIT::place(vector / 8, vector % 8)] = at[i];
     }
   }
 };
 
 // Plane q of a unit, each row times its scale.
-template <int BITS>
+template <int BITS, bool NVIDIA>
 inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Table& table, uint scales) {
-  uint4 pairs = Decoder<BITS, true>::decode(words, unit, q, table);
-  uint upper = byte_permute(scales, 0, 0x1010u), lower = byte_permute(scales, 0, 0x3232u);
+  uint4 pairs = Decoder<BITS, NVIDIA>::decode(words, unit, q, table);
+  uint upper = MatrixUnit<NVIDIA>::twice(scales, false), lower = MatrixUnit<NVIDIA>::twice(scales, true);
   return uint4{multiply_pairs(pairs.x, upper), multiply_pairs(pairs.y, lower), multiply_pairs(pairs.z, upper),
                multiply_pairs(pairs.w, lower)};
 }
@@ -61,25 +54,25 @@ struct Results {
   }
 
   // Half a unit, two planes, of all tiles times all pieces.
-  template <int COLUMNS, int THREADS>
-  void add(const thread uint4 (&planes)[2 * TILES], Shared<uint4> tile, uint first_column, int p, uint lane) {
+  template <typename UNIT>
+  void add(const thread uint4 (&planes)[2 * TILES], Shared<uint4> tile, uint first_column, int p, uint seat) {
     UNROLL
     for (int i = 0; i < PIECES; i++) {
-      uint4 x = tile[Staged<COLUMNS, THREADS>::place(first_column + 8 * i + lane / 4, 4 * p + lane % 4)];
+      uint4 x = UNIT::operands(tile, first_column + 8 * i, uint(p), seat);
       UNROLL
       for (int j = 0; j < TILES; j++) {
-        matrix_multiply(at[j][i], planes[2 * j], x.x, x.y);
-        matrix_multiply(at[j][i], planes[2 * j + 1], x.z, x.w);
+        UNIT::multiply(at[j][i], planes[2 * j], x.x, x.y);
+        UNIT::multiply(at[j][i], planes[2 * j + 1], x.z, x.w);
       }
     }
   }
 
   template <int PARTS, typename T>
-  void write(Device<T> out, Device<const float> x_scales, uint first_tile, uint rows, uint first, uint end, uint lane) {
+  void write(Device<T> out, Device<const float> x_scales, uint first_tile, uint rows, uint first, uint end, uint seat) {
     UNROLL
     for (int i = 0; i < TILES * PIECES * 2; i++) {
-      uint row = 16 * (first_tile + i / (2 * PIECES)) + lane / 4 + 8 * (i % 2);
-      uint column = first + 8 * (i / 2 % PIECES) + 2 * (lane % 4);
+      uint row = 16 * (first_tile + i / (2 * PIECES)) + seat / 4 + 8 * (i % 2);
+      uint column = first + 8 * (i / 2 % PIECES) + 2 * (seat % 4);
       float one = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2)];
       float two = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2) + 1];
       if (PARTS == 2 && row < rows && column < end) {
@@ -95,13 +88,14 @@ struct Results {
   }
 };
 
-template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, typename T>
+template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA, typename T>
 inline void matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
                    Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged, uint columns,
                    uint tiles, uint blocks, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;
-  uint simdgroup = index / 32, lane = index % 32;
+  using Unit = MatrixUnit<NVIDIA>;
+  uint simdgroup = index / 32, seat = Unit::seat(index % 32);
   uint first_tile = (group_x * ROW_GROUPS + simdgroup / COLUMN_GROUPS) * TILES;
   uint first = group_y * COLUMNS, mine = simdgroup % COLUMN_GROUPS * 8 * PIECES;
   Table values = load_table(table);
@@ -109,13 +103,13 @@ inline void matmul(Device<const half> x, Device<const float> x_scales, Device<co
   results.clear();
   uint second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
   Block<BITS, GROUP> next[2] = {
-      Block<BITS, GROUP>(codes, scales, first_tile < tiles ? first_tile : tiles - 1, blocks, 0, lane),
-      Block<BITS, GROUP>(codes, scales, second_tile, blocks, 0, lane)};
+      Block<BITS, GROUP>(codes, scales, first_tile < tiles ? first_tile : tiles - 1, blocks, 0, seat),
+      Block<BITS, GROUP>(codes, scales, second_tile, blocks, 0, seat)};
   UNROLL
   for (int j = 0; j < TILES; j++) {
     next[j].load();
   }
-  Staged<COLUMNS, THREADS> coming;
+  Staged<COLUMNS, THREADS, Unit> coming;
   coming.load(x, blocks * 256, first, columns, 0, index);
   coming.store(staged, index);
   barrier();
@@ -145,9 +139,9 @@ inline void matmul(Device<const half> x, Device<const float> x_scales, Device<co
         UNROLL
         for (int j = 0; j < 2 * TILES; j++) {
           uint factor = factors[j / 2].at[(64 * unit + 32 * p) / EACH];
-          planes[j] = scaled_plane<BITS>(words[j / 2], unit, 2 * p + j % 2, values, factor);
+          planes[j] = scaled_plane<BITS, NVIDIA>(words[j / 2], unit, 2 * p + j % 2, values, factor);
         }
-        results.template add<COLUMNS, THREADS>(planes, staged + unit % 2 * COLUMNS * 8, mine, p, lane);
+        results.template add<Unit>(planes, staged + unit % 2 * COLUMNS * 8, mine, p, seat);
       }
       if (more) {
         coming.store(staged + (unit + 1) % 2 * COLUMNS * 8, index);
@@ -155,9 +149,7 @@ inline void matmul(Device<const half> x, Device<const float> x_scales, Device<co
       barrier();
     }
   }
-  results.template write<PARTS, T>(out, x_scales, first_tile, rows, first + mine, columns, lane);
+  results.template write<PARTS, T>(out, x_scales, first_tile, rows, first + mine, columns, seat);
 }
-
-#endif
 
 } // namespace turboquant

@@ -137,4 +137,26 @@ inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint b1, int lin
   }
 }
 
+// Apple's simdgroup_multiply_accumulate of 8 x 8 matrices: a lane has elements (row, column) and (row, column + 1).
+inline void multiply_eights(float& first, float& second, uint a, uint b, int line = __builtin_LINE()) {
+  struct Operands {
+    uint a, b;
+  };
+  const auto& all = emulator::exchange(Operands{a, b}, line);
+  uint left[8][8], right[8][8];
+  for (uint lane = 0; lane < 32; lane++) {
+    uint quad = lane / 4, row = (quad & 4) + lane / 2 % 4, column = (quad & 2) * 2 + lane % 2 * 2;
+    for (uint i = 0; i < 2; i++) {
+      left[row][column + i] = (all[lane].a >> (16 * i)) & 0xffffu;
+      right[row][column + i] = (all[lane].b >> (16 * i)) & 0xffffu;
+    }
+  }
+  uint lane = emulator::thread_index() % 32, quad = lane / 4;
+  uint row = (quad & 4) + lane / 2 % 4, column = (quad & 2) * 2 + lane % 2 * 2;
+  for (uint k = 0; k < 8; k++) {
+    first += low(left[row][k]) * low(right[k][column]);
+    second += low(left[row][k]) * low(right[k][column + 1]);
+  }
+}
+
 } // namespace turboquant

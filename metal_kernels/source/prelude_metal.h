@@ -8,6 +8,8 @@
 // A constant of a program or a type must lie in this address space.
 #define CONSTANT static constant constexpr const
 
+#include <metal_simdgroup_matrix>
+
 namespace turboquant {
 
 template <typename T>
@@ -81,6 +83,21 @@ inline uint float_bits(float value) {
 
 inline float bits_float(uint bits) {
   return as_type<float>(bits);
+}
+
+// The matrix unit: (first, second) += a times b, pairs of halves, each lane's as MatrixUnit<false>::seat says.
+inline void multiply_eights(thread float& first, thread float& second, uint a, uint b) {
+  metal::simdgroup_matrix<half, 8, 8> left, right;
+  metal::simdgroup_matrix<float, 8, 8> sums;
+  for (ushort i = 0; i < 2; i++) {
+    left.thread_elements()[i] = as_type<half2>(a)[i];
+    right.thread_elements()[i] = as_type<half2>(b)[i];
+  }
+  sums.thread_elements()[0] = first;
+  sums.thread_elements()[1] = second;
+  simdgroup_multiply_accumulate(sums, left, right, sums);
+  first = sums.thread_elements()[0];
+  second = sums.thread_elements()[1];
 }
 
 } // namespace turboquant

@@ -66,15 +66,16 @@ def test_products_equal_the_reference(tmp_path: Path, dtype: mx.Dtype, rows: int
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
-def test_products_of_many_rows_equal_the_reference(tmp_path: Path, dtype: mx.Dtype) -> None:
-    """By matrix units, whose rows and columns the emulated GPU spreads over lanes as NVIDIA's do."""
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype) -> None:
+    """By matrix units, whose rows and columns the emulated GPU spreads over lanes as Apple's and NVIDIA's do."""
     x = mx.random.normal((21, WIDTH), key=mx.random.key(9)).astype(dtype)
     cases = [(bits, group) for bits, group in WEIGHTS if group in (0, 32)]
 
     def run() -> list[mx.array]:
         ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
         arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0])) for case in cases]
-        return [matmul.matmul(ready, weight, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
+        return [matmul.matmul(ready, weight, gpu, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
 
     for (bits, group), y in zip(cases, on_machine(tmp_path, run), strict=True):
         expected = reference.matmul(x.astype(mx.float32), *weights(bits, group), lloyd_max(bits))
@@ -98,7 +99,7 @@ def test_products_with_experts_equal_the_reference(
     monkeypatch.setattr(turned_product, "MOST_WORK", most_work)
     monkeypatch.setattr(turned_product, "THREADGROUPS", 4)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
-    monkeypatch.setattr(matmul, "DEFAULT", matmul.Shape(2, 2, 2, 1))
+    monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
     turn = mx.array(signs(WIDTH, 3))
     each = [quantize(mx.random.normal((ROWS, WIDTH), key=mx.random.key(e)), lloyd_max(3), 64) for e in range(EXPERTS)]
     weight = experts.stack([tiles.arrange(*codes, lloyd_max(3), turn, WIDTH) for codes in each])

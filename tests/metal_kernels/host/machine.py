@@ -1,4 +1,4 @@
-"""Compiles kernels' Metal bodies with g++ and runs them on the emulated GPU of emulator.h."""
+"""Compiles kernels' Metal bodies with g++ and runs them on the emulated GPU of emulator.h; reads them as Metal too."""
 
 import shutil
 import struct
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from metal_kernels.launch import Kernel, source_text
+from tests.metal_kernels.host import metal_rules
 
 HERE = Path(__file__).resolve().parent
-TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint32: "uint"}
 Constants = Mapping[str, Any]
 
 
@@ -46,6 +46,9 @@ class Machine:
         if self.noting:
             if variant not in known:
                 known.append(variant)
+            if not call.constants.get("NVIDIA", False):
+                faults = metal_rules.faults(kernel, call.constants, call.inputs, call.outputs)
+                assert not faults, "\n".join([kernel.name, *faults])
             return [mx.zeros(shape, dtype) for shape, dtype in call.outputs]
         if kernel.name not in self.programs:
             self.programs[kernel.name] = self._build(kernel, known)
@@ -129,14 +132,14 @@ def _variant(kernel: Kernel, index: int, constants: Constants, dtypes: Sequence[
     lines = [f"static void variant_{index}(emulator::Arguments& arguments) {{"]
     for name, value in constants.items():
         if isinstance(value, mx.Dtype):
-            lines.append(f"  using {name} = {TYPES[value]};")
+            lines.append(f"  using {name} = {metal_rules.TYPES[value]};")
         elif isinstance(value, bool):
             lines.append(f"  [[maybe_unused]] constexpr bool {name} = {str(value).lower()};")
         else:
             lines.append(f"  [[maybe_unused]] constexpr int {name} = {value};")
     for i, name in enumerate((*kernel.inputs, *kernel.outputs)):
         constant = "const " if i < len(kernel.inputs) else ""
-        lines.append(f"  auto {name} = arguments.at<{constant}{TYPES[dtypes[i]]}>({i});")
+        lines.append(f"  auto {name} = arguments.at<{constant}{metal_rules.TYPES[dtypes[i]]}>({i});")
         lines.append(f"  [[maybe_unused]] auto {name}_shape = arguments.shape({i});")
     lines.append("  emulator::launch(arguments.groups, arguments.threads, [=] {" + kernel.body + "  });\n}\n")
     return "\n".join(lines)
