@@ -111,14 +111,15 @@ def allocate(
     """The recipe `config` with bits and groups for each layer, so that they average at most target_bpw bits a weight.
 
     target_bpw counts all that `bits_per_weight` of a conversion does. text: to measure on instead of the model's own
-    writing. Layers that have bits or groups of their own in `config` keep them. The float model is loaded and run, not
-    folded. Raises RecipeError for a target that no choice reaches, InputError for a text that is too short.
+    writing. Layers that have bits or groups of their own in `config` keep them. The model is loaded in full precision,
+    not folded, and run. Raises RecipeError for a target that no choice reaches, InputError for a text that is too
+    short.
     """
     budget = Budget.of(source, config, keep_unfitting)
     forms = {path: forms_of(path, entry, config) for path, entry in budget.free.items()}
     left = budget.left(target_bpw, forms.values())
     tokens = None if text is None else windows(load_tokenizer(source), text, WINDOW_TOKENS, WINDOWS)
-    model = load_source(source, fuse=False)
+    model = load_source(source, fuse=False, dequantize=True)
     choices = measure(model, forms, write_text(model) if tokens is None else tokens, config, progress)
     chosen = spend(choices, left).items()
     bits = [(path, c.form.bits) for path, c in chosen if c.form.bits != config.bits]

@@ -13,11 +13,14 @@ import metal_kernels
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError, RecipeError
+from quant_engine.folded_parameters import parameters_of
 from quant_engine.loader import load_source, load_tokenizer
+from quant_engine.parameters import Packing
 from quant_engine.perplexity import Estimate, difference, perplexity, windows
 from quant_engine.policy import Policy
 from quant_engine.progress import Progress, silent
 from quant_engine.prompt import check_context
+from quant_engine.safetensors_file import TensorSpec
 from quant_engine.score import Score, logits_array, score
 from quant_engine.source import Source, resolve
 from quant_engine.text import Text
@@ -153,13 +156,21 @@ def _of_float(
     source: Source, recipes: Sequence[Recipe], cut: NDArray[np.int32], progress: Progress
 ) -> tuple[list[Variant], Steps]:
     config = recipes[0].config if recipes else QuantConfig()
-    model = load_source(source, fuse=False)
+    model = load_source(source, fuse=False, dequantize=True)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
     policy = Policy(config, str(source.config["model_type"]), adapter.layer_count(model))
-    full = FloatModel(model, source.size_bytes, policy)
+    full = FloatModel(model, _float_bytes(source), policy)
     steps = Steps(progress, len(recipes) * len(full) + (len(recipes) + 1) * len(cut))
     made = [full.quantized(r, lambda label=r.label: steps.add(f"quantizing: {label}")) for r in recipes]
     return [full.variant(), *made], steps
+
+
+def _float_bytes(source: Source) -> int:
+    """Bytes of a model in full precision: those of its files, or of its weights where the files hold them quantized."""
+    if Packing.of(source.config) is None:
+        return source.size_bytes
+    found = parameters_of(source.config, source.tensors, QuantConfig())
+    return sum(TensorSpec(one.name, one.dtype, one.shape).nbytes for one in found.values())
 
 
 def _of_converted(

@@ -61,8 +61,11 @@ def load_tokenizer(source: Source, settings: Mapping[str, Any] | None = None) ->
     return adapter.tokenizer(source.path, source.eos_token_id, settings)
 
 
-def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) -> nn.Module:
-    """As `load`, for a source that was resolved already; the model only."""
+def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True, dequantize: bool = False) -> nn.Module:
+    """As `load`, for a source that was resolved already; the model only.
+
+    dequantize: layers that MLX quantized become float ones, at the size in memory that these have.
+    """
     manifest, foreign = Manifest.from_config(source.config), turboquant_mlx.block_of(source.config)
     on_cpu = metal_kernels.device() == "cpu"
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
@@ -73,6 +76,8 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True) 
         model = _load_turboquant_mlx(source, foreign)
     else:
         model = adapter.load_float(source.path, source.config)
+        if dequantize:
+            adapter.dequantize(model)
     if on_cpu:
         _use_cpu_layers(model, active, fuse)
     if fuse:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import activations, base, llama, qwen2, qwen3
 from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
+from mlx_lm.utils import _get_classes, dequantize_model, load_model, load_tokenizer  # pyright: ignore[reportPrivateUsage]
 
 import metal_kernels
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
@@ -228,6 +228,11 @@ def quantize_as_stored(model: nn.Module, tensors: Mapping[str, mx.array]) -> Non
         return {"bits": words * 32 // width, "group_size": width // groups}
 
     nn.quantize(model, class_predicate=stated)
+
+
+def dequantize(model: nn.Module) -> None:
+    """Put float modules in the place of those that MLX quantized."""
+    dequantize_model(model)
 
 
 def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:

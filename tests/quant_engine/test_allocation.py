@@ -122,10 +122,12 @@ def test_the_conversion_keeps_the_target_and_comes_near_it(
 
 
 @pytest.mark.usefixtures("short")
-def test_experts_share_the_budget(tmp_path: Path) -> None:
-    model = write_published("qwen3_moe", tmp_path / "made")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_share_the_budget(tmp_path: Path, name: str) -> None:
+    """Those of gpt_oss come quantized, as MXFP4."""
+    model = write_published(name, tmp_path / "made")
     recipe = allocate(resolve(model), QuantConfig(group_size=32), 3.3, keep_unfitting=True)
-    assert 3.2 < convert(model, tmp_path / "out", config=recipe, keep_unfitting=True).bits_per_weight <= 3.3
+    assert 3.1 < convert(model, tmp_path / "out", config=recipe, keep_unfitting=True).bits_per_weight <= 3.3
 
 
 @pytest.mark.usefixtures("short")

@@ -4,13 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.evaluate import EvaluationReport, evaluate, float_recipes
+from quant_engine.export import export
+from quant_engine.loader import load_source
 from quant_engine.progress import Progress, silent
+from quant_engine.source import resolve
 from quant_engine.text import Text, load_text
 
 WINDOWS = {"seq_len": 96, "num_samples": 3}
@@ -135,6 +139,22 @@ def test_a_converted_model_is_compared_with_the_model_it_was_made_from(
 def test_a_converted_model_is_no_reference(converted: Path, text: Text) -> None:
     with pytest.raises(InputError, match="converted itself"):
         evaluate(converted, text=text, reference=converted, **WINDOWS)
+
+
+@pytest.mark.parametrize(("form", "bits"), [("affine", 8), ("mxfp4", 4)])
+def test_a_model_that_mlx_quantized_is_measured_as_what_it_stands_for(
+    demo_model: Path, text: Text, tmp_path: Path, form: str, bits: int
+) -> None:
+    convert(demo_model, tmp_path / "ours", config=QuantConfig(bits=4, group_size=32))
+    export(tmp_path / "ours", tmp_path / form, form=form, bits=bits)
+    source, tokens = resolve(tmp_path / form), mx.array([list(range(60, 90))])
+    as_it_runs, full = (load_source(source, fuse=False, dequantize=wanted)(tokens) for wanted in (False, True))
+    assert mx.abs(full - as_it_runs).max() < 0.03 * mx.abs(as_it_runs).max()
+    measured = evaluate(tmp_path / form, bits=(3,), qjl=False, text=text, **WINDOWS)
+    full, affine, ours = measured.rows
+    assert full.bits_per_weight == 16
+    assert affine.bits_per_weight == ours.bits_per_weight + 0.25 == 3.5
+    assert full.size_bytes > 3 * ours.size_bytes
 
 
 def test_progress_counts_up_to_all(demo_model: Path, text: Text) -> None:
