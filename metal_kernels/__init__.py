@@ -7,7 +7,9 @@ from metal_kernels.attention import (
     attention,
     attention_rows,
     pack_cache,
+    pack_cache_rows,
     packed_attention,
+    packed_attention_rows,
     unpack_cache,
 )
 from metal_kernels.cpu.arrays import view as writable
@@ -75,7 +77,9 @@ __all__ = [
     "matmul",
     "pack",
     "pack_cache",
+    "pack_cache_rows",
     "packed_attention",
+    "packed_attention_rows",
     "position",
     "quantize",
     "reset_paths",

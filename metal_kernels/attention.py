@@ -1,18 +1,19 @@
 """Attention over float or packed keys and values, and the packing of new ones."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from metal_kernels import reference
-from metal_kernels.cpu.arrays import rows_float32, view
+from metal_kernels.cpu.arrays import view
 from metal_kernels.cpu.attention import attend
-from metal_kernels.cpu.hadamard import rotate_rows
+from metal_kernels.cpu.hadamard import rotate_rows, unrotate_rows
 from metal_kernels.cpu.pack_cache import pack_rows
-from metal_kernels.cpu.tokens import PackedTokens, Visibility
+from metal_kernels.cpu.tokens import PackedTokens, Visibility, lookup_table
 from metal_kernels.dispatch import has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import attention as gpu
@@ -28,9 +29,9 @@ Mask = mx.array | str | None
 class CacheCode:
     """How the heads of keys, or of values, are coded.
 
-    codebook of 4, 8, 16 or 256 ascending values (256: with absolute-maximum scales), group_size values to a scale,
-    signs (size,) of +-1 or None and the Hadamard block of the rotation. Raises ShapeError where `size`, the values of
-    one head, does not fit.
+    codebook of 4, 8 or 16 ascending values, or of 256 in even steps, with absolute-maximum scales; group_size values to
+    a scale, signs (size,) of +-1 or None and the Hadamard block of the rotation. Raises ShapeError where `size`, the
+    values of one head, or the codebook does not fit.
     """
 
     codebook: tuple[float, ...]
@@ -41,8 +42,25 @@ class CacheCode:
 
     def __post_init__(self) -> None:
         words(self.size, bits_of(self.codebook))
+        if len(self.codebook) > 16 and not np.allclose(np.diff(self.codebook, 2), 0, atol=1e-6):
+            raise ShapeError(f"a codebook of {len(self.codebook)} values in uneven steps; they must be even beyond 16")
         groups(self.size, self.group_size)
         check_rotation(self.size, self.signs, self.block)
+
+    @cached_property
+    def table(self) -> Array:
+        """The codebook's values."""
+        return np.array(self.codebook, np.float32)
+
+    @cached_property
+    def lookup(self) -> Array:
+        """The codebook as a CPU's kernels look it up."""
+        return lookup_table(self.codebook)
+
+    @cached_property
+    def sign_row(self) -> Array | None:
+        """The signs as a CPU's kernels take them."""
+        return None if self.signs is None else view(self.signs.astype(mx.float32))
 
 
 def attention(
@@ -85,12 +103,19 @@ def pack_cache(x: mx.array, code: CacheCode) -> tuple[mx.array, mx.array]:
         raise ShapeError(f"heads of {x.shape[-1]} values for a code of {code.size}")
     backend = kernel_backend("pack_cache", gpu_fits=_fits_gpu(code))
     if backend == "cpu":
-        signs = None if code.signs is None else view(code.signs)
-        packed, scales = pack_rows(rotate_rows(rows_float32(x), signs, code.block), code.codebook, _group(code))
-        return mx.array(packed).reshape(*x.shape[:-1], -1), mx.array(scales).reshape(*x.shape[:-1], -1)
+        packed, scales = pack_cache_rows(view(x.astype(mx.float32)), code)
+        return mx.array(packed), mx.array(scales)
     if backend is not None:
         return gpu.pack(x, _head_code(code))
     return reference.pack_cache(rotate(x.astype(mx.float32), code.signs, code.block), code.codebook, _group(code))
+
+
+def pack_cache_rows(x: Array, code: CacheCode) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
+    """On a CPU: as `pack_cache`, for float32 arrays of NumPy."""
+    record("cpu", "pack_cache")
+    rows = rotate_rows(np.ascontiguousarray(x).reshape(-1, code.size), code.sign_row, code.block)
+    packed, scales = pack_rows(rows, code.table, _group(code))
+    return packed.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
 
 
 def unpack_cache(packed: mx.array, scales: mx.array, code: CacheCode, dtype: mx.Dtype) -> mx.array:
@@ -124,17 +149,39 @@ def packed_attention(
         bias = _checked_bias(mask, length)
         return gpu.attend(queries, keys, values, kind, length=length, bias=bias, sinks=sinks)
     if backend == "cpu":
-        q = rotate_rows(rows_float32(queries), None if key_code.signs is None else view(key_code.signs), key_code.block)
-        k, v = _packed_tokens(keys, key_code), _packed_tokens(values, value_code)
-        out = mx.array(attend(q.reshape(queries.shape), k, v, length, scale, visibility(mask, sinks, length)))
-    else:
-        q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
-        held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
-        bias = _bias(_causal(queries.shape[2], length) if isinstance(mask, str) else mask)
-        out = reference.packed_attention(
-            q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks
-        )
+        k, v = (tuple(map(view, pair)) for pair in (keys, values))
+        out = packed_attention_rows(
+            view(queries.astype(mx.float32)), k, v, key_code, value_code,
+            length=length, scale=scale, mask=mask, sinks=sinks,
+        )  # fmt: skip
+        return mx.array(out).astype(queries.dtype)
+    q = rotate(queries.astype(mx.float32), key_code.signs, key_code.block)
+    held = [(codes[:, :, :length], scales[:, :, :length]) for codes, scales in (keys, values)]
+    bias = _bias(_causal(queries.shape[2], length) if isinstance(mask, str) else mask)
+    out = reference.packed_attention(q, held[0], held[1], (key_code.codebook, value_code.codebook), scale, bias, sinks)
     return unrotate(out, value_code.signs, value_code.block).astype(queries.dtype)
+
+
+def packed_attention_rows(
+    queries: Array,
+    keys: tuple[NDArray[Any], ...],
+    values: tuple[NDArray[Any], ...],
+    key_code: CacheCode,
+    value_code: CacheCode,
+    *,
+    length: int,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
+) -> Array:
+    """On a CPU: as `packed_attention`, for arrays of NumPy, queries in float32."""
+    record("cpu", "packed_attention")
+    rows = np.ascontiguousarray(queries).reshape(-1, key_code.size)
+    q = rotate_rows(rows, key_code.sign_row, key_code.block).reshape(queries.shape)
+    k = PackedTokens(keys[0], keys[1], key_code.lookup, key_code.size)
+    v = PackedTokens(values[0], values[1], value_code.lookup, value_code.size)
+    out = attend(q, k, v, length, scale, visibility(mask, sinks, length))
+    return unrotate_rows(out.reshape(-1, value_code.size), value_code.sign_row, value_code.block).reshape(out.shape)
 
 
 @lru_cache(maxsize=256)
@@ -146,10 +193,6 @@ def _fits_gpu(code: CacheCode) -> bool:
 def _head_code(code: CacheCode) -> gpu.HeadCode:
     """The code as GPU kernels take it."""
     return gpu.HeadCode.of(code.codebook, _group(code), code.signs, code.block, code.size)
-
-
-def _packed_tokens(held: tuple[mx.array, mx.array], code: CacheCode) -> PackedTokens:
-    return PackedTokens(view(held[0]), view(held[1]), np.array(code.codebook, np.float32), code.size)
 
 
 def _group(code: CacheCode) -> int:

@@ -24,6 +24,7 @@ from metal_kernels import (
     writable,
 )
 from quant_engine.fast_layers import FeedForward
+from quant_engine.kv_cache import TurboQuantKVCache
 from quant_engine.linear import FastLinear, TurboQuantLinear
 from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention_of_new
 from quant_engine.rotary import Rotary, shared
@@ -51,6 +52,10 @@ class _CpuStep:
         if cache is None or type(cache) is KVCache:
             keys, values, length = (k, v, k.shape[2]) if cache is None else append(cache, k, v)
             return attention_rows(q, keys, values, length=length, scale=self._scale, mask=mask)
+        if type(cache) is TurboQuantKVCache:
+            seen = cache.attend_rows(q, k, v, scale=self._scale, mask=mask)
+            if seen is not None:
+                return seen
         return writable(attention_of_new(mx.array(q), mx.array(k), mx.array(v), cache, self._scale, mask))
 
 

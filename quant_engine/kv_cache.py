@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 from mlx_lm.models import cache as mlx_lm_cache
+from numpy.typing import NDArray
 
 import metal_kernels
 from metal_kernels import CacheCode, ShapeError
@@ -20,6 +21,7 @@ from quant_engine import rotation
 from quant_engine.codebook import lloyd_max, uniform
 from quant_engine.config import GROUP_SIZES, CacheConfig
 from quant_engine.errors import InputError, RecipeError
+from quant_engine.token_store import Array, TokenStore, stored
 
 STEP = 256
 """Tokens by which storage grows, as mlx-lm's."""
@@ -53,17 +55,29 @@ class _Side:
         self._recipe = (bits, group_size, seed)
         self.code: CacheCode | None = None
         self.store: _Pair | None = None
+        self._in_place: TokenStore | None = None
 
     def append(self, x: mx.array, at: int) -> None:
         """Pack x (B, KV heads, L, size) as the tokens from `at` on."""
-        if self.code is None:
-            self.code = cache_code(x.shape[-1], *self._recipe)
-        new, end = metal_kernels.pack_cache(x, self.code), at + x.shape[2]
+        self._in_place = None
+        new, end = metal_kernels.pack_cache(x, self._code_for(x.shape[-1])), at + x.shape[2]
         self.store = cast(
             _Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end) for i in range(2))
         )
         for buffer, part in zip(self.store, new, strict=True):
             buffer[:, :, at:end] = part
+
+    def append_rows(self, x: Array, at: int) -> tuple[NDArray[Any], ...]:
+        """As `append`, of an array of NumPy; returns codes and scales, those of earlier tokens too."""
+        new = metal_kernels.pack_cache_rows(x, self._code_for(x.shape[-1]))
+        self._in_place = stored(self._in_place, self.store or (None, None), new, at, STEP)
+        self.store = cast(_Pair, self._in_place.arrays)
+        return self._in_place.rows
+
+    def _code_for(self, size: int) -> CacheCode:
+        if self.code is None:
+            self.code = cache_code(size, *self._recipe)
+        return self.code
 
     def expanded(self, length: int, dtype: mx.Dtype) -> mx.array:
         """The first `length` tokens in float, not computed until they are used."""
@@ -162,6 +176,22 @@ class TurboQuantKVCache:
             scale=scale,
             mask=mask,
             sinks=sinks,
+        )
+
+    def attend_rows(self, queries: Array, keys: Array, values: Array, *, scale: float, mask: Any) -> Array | None:
+        """On a CPU: `add`, then `attend`, for float32 arrays of NumPy, which MLX does not see.
+
+        None, and nothing is added, where the first or last tokens stay in full precision.
+        """
+        if self.config.sink_tokens or self.config.recent_tokens:
+            return None
+        self._dtype = mx.float32
+        held = self._keys.append_rows(keys, self._packed), self._values.append_rows(values, self._packed)
+        self._packed += keys.shape[2]
+        self.offset = self._packed
+        assert self._keys.code is not None and self._values.code is not None
+        return metal_kernels.packed_attention_rows(
+            queries, *held, self._keys.code, self._values.code, length=self._packed, scale=scale, mask=mask
         )
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:

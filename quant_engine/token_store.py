@@ -1,6 +1,8 @@
-"""Keys and values of mlx-lm's plain cache written in place on a CPU, where MLX would evaluate an array for each."""
+"""Tokens of a cache written in place on a CPU, where MLX would evaluate an array for each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -14,45 +16,65 @@ Array = NDArray[np.float32]
 
 
 @dataclass
-class _Owned:
-    """A cache's arrays, which this module made and no other cache shares, and the tokens that it wrote to them."""
+class TokenStore:
+    """Arrays of MLX (B, heads, room, ...) that were made here and no other cache shares, as NumPy's too.
 
-    keys: mx.array
-    values: mx.array
-    key_rows: Array
-    value_rows: Array
+    `end` tokens were written to them.
+    """
+
+    arrays: tuple[mx.array, ...]
+    rows: tuple[NDArray[Any], ...]
     end: int
 
+    @classmethod
+    def made(cls, held: Sequence[mx.array | None], like: Sequence[NDArray[Any]], at: int, room: int) -> Self:
+        """With `room` for tokens like those given, and copies of the first `at` of those held."""
+        arrays = tuple(_copied(old, new, at, room) for old, new in zip(held, like, strict=True))
+        return cls(arrays, tuple(map(writable, arrays)), at)
 
-_owned: WeakKeyDictionary[KVCache, _Owned] = WeakKeyDictionary()
+    def has(self, held: Sequence[mx.array | None], at: int, end: int) -> bool:
+        """Whether these arrays are those held, were written up to `at`, and have room up to `end`."""
+        own = all(mine is theirs for mine, theirs in zip(self.arrays, held, strict=True))
+        return own and self.end == at and end <= self.rows[0].shape[2]
+
+    def write(self, new: Sequence[NDArray[Any]]) -> None:
+        """Add tokens (B, heads, L, ...)."""
+        at, self.end = self.end, self.end + new[0].shape[2]
+        for rows, part in zip(self.rows, new, strict=True):
+            rows[:, :, at : self.end] = part
+
+
+def stored(
+    store: TokenStore | None, held: Sequence[mx.array | None], new: Sequence[NDArray[Any]], at: int, step: int
+) -> TokenStore:
+    """`store` with `new` tokens from `at` on, made again, `step` tokens at a time, where it is not what is held.
+
+    What is held may be another's too: after a copy of the cache, after tokens were dropped, or where it came from
+    elsewhere.
+    """
+    end = at + new[0].shape[2]
+    if store is None or not store.has(held, at, end):
+        store = TokenStore.made(held, new, at, -(-end // step) * step)
+    store.write(new)
+    return store
+
+
+_stores: WeakKeyDictionary[KVCache, TokenStore] = WeakKeyDictionary()
 
 
 def append(cache: KVCache, keys: Array, values: Array) -> tuple[Array, Array, int]:
     """Add keys and values (B, heads, L, size) to a float32 cache; returns all (B, heads, room, size), and the tokens.
 
-    What the cache holds is an array of MLX as ever. It is copied first where it may be another's too: after a copy of
-    the cache, after tokens were dropped, or where it came from elsewhere.
+    What the cache holds is an array of MLX as ever.
     """
-    at, end = cache.offset, cache.offset + keys.shape[2]
-    owned = _owned.get(cache)
-    if owned is None or cache.keys is not owned.keys or owned.end != at or end > owned.key_rows.shape[2]:
-        owned = _owned[cache] = _own(cache, keys, values, at, end)
-    owned.key_rows[:, :, at:end] = keys
-    owned.value_rows[:, :, at:end] = values
-    cache.offset = owned.end = end
-    return owned.key_rows, owned.value_rows, end
+    store = stored(_stores.get(cache), (cache.keys, cache.values), (keys, values), cache.offset, cache.step)
+    _stores[cache] = store
+    (cache.keys, cache.values), cache.offset = store.arrays, store.end
+    return store.rows[0], store.rows[1], store.end
 
 
-def _own(cache: KVCache, keys: Array, values: Array, at: int, end: int) -> _Owned:
-    room = -(-end // cache.step) * cache.step
-    cache.keys, cache.values = _copy(cache.keys, keys, room, at), _copy(cache.values, values, room, at)
-    return _Owned(cache.keys, cache.values, writable(cache.keys), writable(cache.values), at)
-
-
-def _copy(held: mx.array | None, new: Array, room: int, at: int) -> mx.array:
-    """An array with `room` for tokens like `new`, whose first `at` are those held."""
-    array = mx.zeros((*new.shape[:2], room, new.shape[3]))
-    mx.eval(array)
+def _copied(held: mx.array | None, like: NDArray[Any], at: int, room: int) -> mx.array:
+    rows = np.zeros((*like.shape[:2], room, *like.shape[3:]), like.dtype)
     if held is not None:
-        writable(array)[:, :, :at] = writable(held[..., :at, :].astype(mx.float32))
-    return array
+        rows[:, :, :at] = writable(held[:, :, :at].astype(mx.float32) if like.dtype == np.float32 else held[:, :, :at])
+    return mx.array(rows)

@@ -12,15 +12,32 @@ from metal_kernels.cpu.arrays import view
 from metal_kernels.cpu.vector import hadamard16
 
 Rows = NDArray[np.float32]
+FEW_VALUES = 2**14
+"""Up to these a second thread takes longer to begin than to help."""
 
 
 def rotate_rows(x: Rows, signs: Rows | None, block: int, padded: int = 0) -> Rows:
     """(x * signs) @ H / sqrt(block), block by block, of x (n, width); zeros up to `padded` columns if given."""
     n, width = x.shape
     out = np.zeros((n, padded), np.float32) if padded > width else np.empty((n, width), np.float32)
-    transform = _rotate_one if n == 1 else _rotate_many
+    transform = _rotate_few if x.size <= FEW_VALUES else _rotate_many
     transform(x, _ones(width) if signs is None else signs, out, block, odd_factor(block))
     return out
+
+
+def unrotate_rows(x: Rows, signs: Rows | None, block: int) -> Rows:
+    """The inverse of `rotate_rows` for x (n, width)."""
+    out = np.empty_like(x)
+    transform = _rotate_few if x.size <= FEW_VALUES else _rotate_many
+    transform(x, _ones(x.shape[1]), out, block, _turned_factor(block))
+    if signs is not None:
+        out *= signs
+    return out
+
+
+@cache
+def _turned_factor(block: int) -> Rows:
+    return np.ascontiguousarray(odd_factor(block).T)
 
 
 @cache
@@ -79,8 +96,10 @@ def _rotate_row(x: Any, signs: Any, out: Any, block: Any, small: Any, scratch: A
 
 
 @njit(cache=True, nogil=True)
-def _rotate_one(x: Any, signs: Any, out: Any, block: Any, small: Any) -> None:
-    _rotate_row(x[0], signs, out[0], block, small, np.empty(block, np.float32))
+def _rotate_few(x: Any, signs: Any, out: Any, block: Any, small: Any) -> None:
+    scratch = np.empty(block, np.float32)
+    for row in range(x.shape[0]):
+        _rotate_row(x[row], signs, out[row], block, small, scratch)
 
 
 @njit(cache=True, parallel=True, nogil=True)

@@ -9,17 +9,21 @@ from numpy.typing import NDArray
 from metal_kernels.cpu.quantize import half
 
 REFITS = 2
+FEW_ROWS = 16
+"""Up to these a second thread takes longer to begin than to help."""
 
 
 def pack_rows(
-    x: NDArray[np.float32], codebook: tuple[float, ...], group_size: int
+    x: NDArray[np.float32], table: NDArray[np.float32], group_size: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
-    """As `reference.pack_cache` for rotated rows x (n, size): uint32 (n, words), float16 (n, groups)."""
+    """As `reference.pack_cache` for rotated rows x (n, size) and a codebook's values: uint32 (n, words), float16 (n,
+    groups)."""
     n, size = x.shape
-    bits = (len(codebook) - 1).bit_length()
+    bits = (len(table) - 1).bit_length()
     packed = np.zeros((n, size * bits // 32), np.uint32)
     scales = np.empty((n, size // group_size), np.float32)
-    _pack(x, np.array(codebook, np.float32), packed, scales, group_size, bits)
+    pack = _pack_few if n <= FEW_ROWS else _pack_many
+    pack(x, table, packed, scales, group_size, bits)
     return packed, scales.astype(np.float16)
 
 
@@ -58,18 +62,30 @@ def _scale(values: Any, table: Any) -> Any:
     return scale
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _pack(x: Any, table: Any, packed: Any, scales: Any, group: Any, bits: Any) -> None:
+    """One row."""
+    for g in range(scales.shape[0]):
+        first = g * group
+        scale = half(_scale(x[first : first + group], table))
+        scales[g] = scale
+        inverse = np.float32(1.0) / scale if scale > 0 else np.float32(1.0)
+        for i in range(first, first + group):
+            code = np.uint32(_code(x[i] * inverse, table))
+            bit = i * bits
+            word, shift = bit >> 5, bit & 31
+            packed[word] |= code << np.uint32(shift)
+            if shift + bits > 32:
+                packed[word + 1] |= code >> np.uint32(32 - shift)
+
+
+@njit(cache=True, nogil=True)
+def _pack_few(x: Any, table: Any, packed: Any, scales: Any, group: Any, bits: Any) -> None:
+    for row in range(x.shape[0]):
+        _pack(x[row], table, packed[row], scales[row], group, bits)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _pack_many(x: Any, table: Any, packed: Any, scales: Any, group: Any, bits: Any) -> None:
     for row in prange(x.shape[0]):
-        for g in range(scales.shape[1]):
-            first = g * group
-            scale = half(_scale(x[row, first : first + group], table))
-            scales[row, g] = scale
-            inverse = np.float32(1.0) / scale if scale > 0 else np.float32(1.0)
-            for i in range(first, first + group):
-                code = np.uint32(_code(x[row, i] * inverse, table))
-                bit = i * bits
-                word, shift = bit >> 5, bit & 31
-                packed[row, word] |= code << np.uint32(shift)
-                if shift + bits > 32:
-                    packed[row, word + 1] |= code >> np.uint32(32 - shift)
+        _pack(x[row], table, packed[row], scales[row], group, bits)

@@ -9,7 +9,8 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from metal_kernels.cpu.lanes import FIELDS, LEAST_ROWS, LaneWeight, lanes_for, padded_width
-from metal_kernels.cpu.vector import available_lookups, decode_packed, dot_dense, dot_packed
+from metal_kernels.cpu.llvm_vector import available_lookups
+from metal_kernels.cpu.vector import decode_packed, dot_dense, dot_packed
 
 Rows = NDArray[np.float32]
 FEW_ROWS = 8

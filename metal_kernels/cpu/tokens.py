@@ -7,7 +7,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from metal_kernels.cpu.llvm_vector import available_lookups
+from metal_kernels.cpu.streams import decode_bytes, decode_stream
+
 Array = NDArray[np.float32]
+LOOKUP = available_lookups()[-1]
 MATH = {"contract", "arcp", "nsz", "reassoc"}
 """What kernels may change of float arithmetic: infinities keep their meaning, which masks need."""
 
@@ -16,7 +20,7 @@ MATH = {"contract", "arcp", "nsz", "reassoc"}
 class PackedTokens:
     """Keys or values of a cache: codes uint32 (B, H, T, words), scales uint16 bits of float16 (B, H, T, groups).
 
-    table float32 of 2^bits values; `size` values in a token's head.
+    table: what `lookup_table` makes of the codebook; `size` values in a token's head.
     """
 
     codes: NDArray[np.uint32]
@@ -54,6 +58,11 @@ def sinks_or_none(sinks: Array | None, heads: int) -> Array:
     return np.full(heads, -np.inf, np.float32) if sinks is None else sinks
 
 
+def lookup_table(codebook: tuple[float, ...]) -> Array:
+    """The values that `decode` looks up: a codebook repeated up to 16 of them, or the 256 even steps of another."""
+    return np.tile(np.array(codebook, np.float32), max(1, 16 // len(codebook)))
+
+
 _HALVES: list[Array] = []
 
 
@@ -66,18 +75,24 @@ def half_table() -> Array:
 
 @njit(cache=True, nogil=True)
 def decode(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> None:
-    """Values (tokens, size), still rotated, of canonical codes (tokens, words) and scales (tokens, groups)."""
+    """Values (tokens, size), still rotated, of canonical codes (tokens, words) and scales (tokens, groups).
+
+    table is as `lookup_table` makes it.
+    """
     size, groups = out.shape[1], scales.shape[1]
     bits, group = codes.shape[1] * 32 // size, size // groups
-    mask = np.uint32((1 << bits) - 1)
+    runs, last = group // 16, table.shape[0] - 1
+    step = (table[last] - table[0]) / np.float32(last)
     for t in range(out.shape[0]):
-        words, values = codes[t], out[t]
+        words, values = codes[t].ctypes.data, out[t].ctypes.data
         for g in range(groups):
             scale = halves[scales[t, g]]
-            for i in range(g * group, (g + 1) * group):
-                bit = i * bits
-                word, shift = bit >> 5, bit & 31
-                code = words[word] >> np.uint32(shift)
-                if shift + bits > 32:
-                    code |= words[word + 1] << np.uint32(32 - shift)
-                values[i] = table[code & mask] * scale
+            source, target = words + g * group * bits // 8, values + 4 * g * group
+            if bits == 2:
+                decode_stream(source, table.ctypes.data, scale, target, runs, 2, LOOKUP)
+            elif bits == 3:
+                decode_stream(source, table.ctypes.data, scale, target, runs, 3, LOOKUP)
+            elif bits == 4:
+                decode_stream(source, table.ctypes.data, scale, target, runs, 4, LOOKUP)
+            else:
+                decode_bytes(source, table[0] * scale, step * scale, target, runs)

@@ -7,98 +7,34 @@ fields 30 and 31 are made of the two bits that each of the three words has left.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from metal_kernels.cpu.llvm_vector import (
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    constant,
+    fma,
+    literals,
+    load,
+    load_table,
+    look_up,
+    splat,
+    vector_of,
+)  # fmt: skip
+
 FIELDS = 32
-I16, I32, I64, F16, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 KINDS = {0: I16, 1: F16, 2: F32}
 """Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
 
 
 CACHE_LINE = 64
-
-SCALAR, AVX2, AVX512 = 0, 1, 2
-"""How a table is looked up: a lane at a time on any processor, or by x86's permutes of 8 or 16 lanes."""
-
-
-@cache
-def available_lookups() -> tuple[int, ...]:
-    """The ways this processor can look up tables, the fastest last."""
-    features = llvm.get_host_cpu_features()
-    return (SCALAR, *([AVX2] if features.get("avx2") else []), *([AVX512] if features.get("avx512f") else []))
-
-
-def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
-    return ir.VectorType(element, lanes)
-
-
-def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
-    vector = _vector(scalar.type, lanes)
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(
-        single, ir.Constant(vector, ir.Undefined), ir.Constant(_vector(I32, lanes), [0] * lanes)
-    )
-
-
-def _constant(value: int, lanes: int) -> ir.Value:
-    return ir.Constant(_vector(I32, lanes), [value] * lanes)
-
-
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    v = a.type
-    fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, v, v]), f"llvm.fma.v{v.count}f32")
-    return builder.call(fused, [a, b, c])
-
-
-def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) -> ir.Value:
-    """Load one `kind` at byte `offset` of an integer address, assuming the alignment of its element only."""
-    place = builder.add(address, I64(offset)) if offset else address
-    element = kind.element if isinstance(kind, ir.VectorType) else kind
-    return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4 if element in (I32, F32) else 2)
-
-
-def _lookup(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int, lookup: int) -> ir.Value:
-    """table[index mod 16] for each lane; `table` is what `_load_table` returns."""
-    if lanes == 16 and lookup == AVX512:
-        v = _vector(F32, 16)
-        permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(v, [v, _vector(I32, 16)]), "llvm.x86.avx512.permvar.sf.512"
-        )
-        return builder.call(permute, [table[0], index])
-    if lookup != SCALAR:
-        return _lookup_halves(builder, index, table, lanes)
-    masked = builder.and_(index, _constant(15, lanes))
-    result = ir.Constant(_vector(F32, lanes), ir.Undefined)
-    for lane in range(lanes):
-        entry = builder.extract_element(table[0], builder.extract_element(masked, I32(lane)))
-        result = builder.insert_element(result, entry, I32(lane))
-    return result
-
-
-def _lookup_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int) -> ir.Value:
-    """AVX2: eight-entry permutes of the table's low and high half, chosen by bit 3 of the index."""
-    v, vi = _vector(F32, 8), _vector(I32, 8)
-    permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, vi]), "llvm.x86.avx2.permps")
-    parts: list[ir.Value] = []
-    for start in range(0, lanes, 8):
-        chosen = (
-            index
-            if lanes == 8
-            else builder.shuffle_vector(index, index, ir.Constant(vi, list(range(start, start + 8))))
-        )
-        low = builder.call(permute, [table[1], chosen])
-        high = builder.call(permute, [table[2], chosen])
-        bit = builder.icmp_signed("<", builder.shl(chosen, _constant(28, 8)), _constant(0, 8))
-        parts.append(builder.select(bit, high, low))
-    if lanes == 8:
-        return parts[0]
-    return builder.shuffle_vector(parts[0], parts[1], ir.Constant(_vector(I32, 16), list(range(16))))
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
@@ -110,74 +46,61 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
         builder.call(ask, [builder.inttoptr(builder.add(address, I64(offset)), pointer), I32(0), I32(3), I32(1)])
 
 
-def _load_table(builder: ir.IRBuilder, address: ir.Value, lanes: int) -> list[ir.Value]:
-    """The sixteen table values as one vector of 16 and as two of 8."""
-    whole = _load(builder, address, _vector(F32, 16), 0)
-    halves = [_load(builder, address, _vector(F32, 8), 32 * i) for i in range(2)]
-    return [whole, *halves]
-
-
 def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) -> Iterator[ir.Value]:
     """Index vectors of the 32 fields, right in their low `bits` bits only."""
     per_word = 32 // bits
     for field in range(per_word * bits):
         word, place = words[field // per_word], field % per_word
-        yield builder.lshr(word, _constant(bits * place, lanes)) if place else word
+        yield builder.lshr(word, constant(bits * place, lanes)) if place else word
     if bits == 3:
-        top = [builder.lshr(word, _constant(30, lanes)) for word in words]
-        one, two = _constant(1, lanes), _constant(2, lanes)
-        yield builder.or_(builder.and_(top[0], _constant(3, lanes)), builder.shl(builder.and_(top[1], one), two))
+        top = [builder.lshr(word, constant(30, lanes)) for word in words]
+        one, two = constant(1, lanes), constant(2, lanes)
+        yield builder.or_(builder.and_(top[0], constant(3, lanes)), builder.shl(builder.and_(top[1], one), two))
         yield builder.or_(builder.lshr(top[1], one), builder.shl(top[2], one))
 
 
 def _packed_values(
     builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int, lanes: int, lookup: int
 ) -> Iterator[ir.Value]:
-    words = [_load(builder, address, _vector(I32, lanes), 4 * lanes * w) for w in range(bits)]
+    words = [load(builder, address, vector_of(I32, lanes), 4 * lanes * w) for w in range(bits)]
     for index in _codes(builder, words, bits, lanes):
-        yield _lookup(builder, index, table, lanes, lookup)
+        yield look_up(builder, index, table, lanes, lookup)
 
 
 def _dense_values(builder: ir.IRBuilder, address: ir.Value, kind: int, lanes: int) -> Iterator[ir.Value]:
     element, size = KINDS[kind], 4 if kind == 2 else 2
     for field in range(FIELDS):
-        raw = _load(builder, address, _vector(element, lanes), size * lanes * field)
+        raw = load(builder, address, vector_of(element, lanes), size * lanes * field)
         if kind == 0:
-            wide = builder.shl(builder.zext(raw, _vector(I32, lanes)), _constant(16, lanes))
-            yield builder.bitcast(wide, _vector(F32, lanes))
+            wide = builder.shl(builder.zext(raw, vector_of(I32, lanes)), constant(16, lanes))
+            yield builder.bitcast(wide, vector_of(F32, lanes))
         else:
-            yield builder.fpext(raw, _vector(F32, lanes)) if kind == 1 else raw
+            yield builder.fpext(raw, vector_of(F32, lanes)) if kind == 1 else raw
 
 
 def _half_scale(builder: ir.IRBuilder, address: ir.Value, index: int, lanes: int) -> ir.Value:
-    return _splat(builder, builder.fpext(_load(builder, address, F16, 2 * index), F32), lanes)
+    return splat(builder, builder.fpext(load(builder, address, F16, 2 * index), F32), lanes)
 
 
 def _half_scales(builder: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
     """`count` float16 scales, converted all at once."""
-    return builder.fpext(_load(builder, address, _vector(F16, count), 0), _vector(F32, count))
+    return builder.fpext(load(builder, address, vector_of(F16, count), 0), vector_of(F32, count))
 
 
 def _spread(builder: ir.IRBuilder, vector: ir.Value, index: int, lanes: int) -> ir.Value:
     """One element of a vector in every lane."""
-    return builder.shuffle_vector(vector, vector, ir.Constant(_vector(I32, lanes), [index] * lanes))
+    return builder.shuffle_vector(vector, vector, ir.Constant(vector_of(I32, lanes), [index] * lanes))
 
 
 def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
     while lanes > 1:
         lanes //= 2
-        mask_low = ir.Constant(_vector(I32, lanes), list(range(lanes)))
-        mask_high = ir.Constant(_vector(I32, lanes), list(range(lanes, 2 * lanes)))
+        mask_low = ir.Constant(vector_of(I32, lanes), list(range(lanes)))
+        mask_high = ir.Constant(vector_of(I32, lanes), list(range(lanes, 2 * lanes)))
         vector = builder.fadd(
             builder.shuffle_vector(vector, vector, mask_low), builder.shuffle_vector(vector, vector, mask_high)
         )
     return builder.extract_element(vector, I32(0))
-
-
-def _literals(*arguments: Any) -> tuple[int, ...] | None:
-    if not all(isinstance(a, types.IntegerLiteral) for a in arguments):
-        return None
-    return tuple(a.literal_value for a in arguments)
 
 
 @intrinsic(prefer_literal=True)
@@ -205,15 +128,15 @@ def dot_packed(
     Addresses and strides are in bytes. bits 2 to 4, per_scale fields to a scale (FIELDS or less; 0: one scale a
     row, applied at the end), rows, columns, lanes and lookup are literals.
     """
-    literal = _literals(bits, per_scale, rows, columns, lanes, lookup)
+    literal = literals(bits, per_scale, rows, columns, lanes, lookup)
     if literal is None:
         return None
     n_bits, fields, n_rows, n_columns, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
-        lookup_table = _load_table(builder, t, n_lanes)
-        zero = ir.Constant(_vector(F32, n_lanes), [0.0] * n_lanes)
+        lookup_table = load_table(builder, t, n_lanes)
+        zero = ir.Constant(vector_of(F32, n_lanes), [0.0] * n_lanes)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes, x_bytes = 4 * n_lanes * n_bits, 4 * n_lanes * FIELDS
         scale_bytes = 2 * (FIELDS // fields) if fields else 0
@@ -237,16 +160,18 @@ def dot_packed(
             places = [builder.add(s_block, builder.mul(s_stride, I64(r))) for r in range(n_rows)]
             factors = [_half_scales(builder, place, FIELDS // fields) for place in places] if fields else []
             for field in range(FIELDS):
-                inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
+                inputs = [
+                    load(builder, x_at[c], vector_of(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)
+                ]
                 for r in range(n_rows):
                     value = next(streams[r])
-                    sums[r] = [_fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
+                    sums[r] = [fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
                 if fields and (field + 1) % fields == 0:
                     for r in range(n_rows):
                         scale = _spread(builder, factors[r], field // fields, n_lanes)
                         for c in range(n_columns):
                             total = builder.load(totals[r][c])
-                            builder.store(_fma(builder, sums[r][c], scale, total), totals[r][c])
+                            builder.store(fma(builder, sums[r][c], scale, total), totals[r][c])
                             sums[r][c] = zero
             if not fields:
                 for r in range(n_rows):
@@ -257,7 +182,7 @@ def dot_packed(
                 dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
                 if not fields:
                     place = builder.add(s, builder.mul(s_stride, I64(r)))
-                    dot = builder.fmul(dot, builder.fpext(_load(builder, place, F16, 0), F32))
+                    dot = builder.fmul(dot, builder.fpext(load(builder, place, F16, 0), F32))
                 place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
                 builder.store(dot, builder.inttoptr(place, F32.as_pointer()), align=4)
         return context.get_dummy_value()
@@ -280,14 +205,14 @@ def decode_packed(
     lookup: Any,
 ) -> Any:
     """Write one row of packed weights as float32 values, scale * table[code]; addresses as in `dot_packed`."""
-    literal = _literals(bits, per_scale, lanes, lookup)
+    literal = literals(bits, per_scale, lanes, lookup)
     if literal is None:
         return None
     n_bits, fields, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, s, t, o, n = args[:5]
-        lookup_table = _load_table(builder, t, n_lanes)
+        lookup_table = load_table(builder, t, n_lanes)
         scale = None if fields else _half_scale(builder, s, 0, n_lanes)
         with cgutils.for_range(builder, n, intp=I64) as loop:
             out_block = builder.add(o, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
@@ -298,7 +223,7 @@ def decode_packed(
                     scale = _half_scale(builder, s_block, field // fields, n_lanes)
                 place = builder.add(out_block, I64(4 * n_lanes * field))
                 builder.store(
-                    builder.fmul(value, scale), builder.inttoptr(place, _vector(F32, n_lanes).as_pointer()), align=4
+                    builder.fmul(value, scale), builder.inttoptr(place, vector_of(F32, n_lanes).as_pointer()), align=4
                 )
         return context.get_dummy_value()
 
@@ -321,14 +246,14 @@ def dot_dense(
     lanes: Any,
 ) -> Any:
     """out[c, r] = <weight[r], x[c]> over whole blocks of rows of `kind` (see KINDS); as in `dot_packed`."""
-    literal = _literals(kind, rows, columns, lanes)
+    literal = literals(kind, rows, columns, lanes)
     if literal is None:
         return None
     n_kind, n_rows, n_columns, n_lanes = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, xs, xs_stride, o, o_stride, n = args[:7]
-        zero = ir.Constant(_vector(F32, n_lanes), [0.0] * n_lanes)
+        zero = ir.Constant(vector_of(F32, n_lanes), [0.0] * n_lanes)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes = (4 if n_kind == 2 else 2) * n_lanes * FIELDS
         with cgutils.for_range(builder, n, intp=I64) as loop:
@@ -341,10 +266,12 @@ def dot_dense(
             ]
             sums = [[builder.load(totals[r][c]) for c in range(n_columns)] for r in range(n_rows)]
             for field in range(FIELDS):
-                inputs = [_load(builder, x_at[c], _vector(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)]
+                inputs = [
+                    load(builder, x_at[c], vector_of(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)
+                ]
                 for r in range(n_rows):
                     value = next(streams[r])
-                    sums[r] = [_fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
+                    sums[r] = [fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
             for r in range(n_rows):
                 for c in range(n_columns):
                     builder.store(sums[r][c], totals[r][c])
@@ -364,18 +291,18 @@ def hadamard16(typing: Any, source: Any, signs: Any, target: Any, norm: Any, run
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         x, s, y, factor, n = args
-        v = _vector(F32, 16)
-        scale = _splat(builder, factor, 16)
+        v = vector_of(F32, 16)
+        scale = splat(builder, factor, 16)
         with cgutils.for_range(builder, n, intp=I64) as loop:
             at = builder.mul(loop.index, I64(64))
-            value = builder.fmul(_load(builder, builder.add(x, at), v, 0), _load(builder, builder.add(s, at), v, 0))
+            value = builder.fmul(load(builder, builder.add(x, at), v, 0), load(builder, builder.add(s, at), v, 0))
             value = builder.fmul(value, scale)
             for step in (1, 2, 4, 8):
                 swapped = builder.shuffle_vector(
-                    value, value, ir.Constant(_vector(I32, 16), [i ^ step for i in range(16)])
+                    value, value, ir.Constant(vector_of(I32, 16), [i ^ step for i in range(16)])
                 )
                 own = ir.Constant(v, [-1.0 if i & step else 1.0 for i in range(16)])
-                value = _fma(builder, value, own, swapped)
+                value = fma(builder, value, own, swapped)
             builder.store(value, builder.inttoptr(builder.add(y, at), v.as_pointer()), align=4)
         return context.get_dummy_value()
 

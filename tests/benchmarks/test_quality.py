@@ -44,6 +44,6 @@ def test_bits_that_are_shared_out_beat_one_width_at_no_more_bits(rows: list[dict
     shared = {r["target_bpw"]: r for r in rows if "target_bpw" in r}
     assert set(shared) == {4.0, 3.25, 3.0, 2.5}
     assert all(r["bits_per_weight"] <= target for target, r in shared.items())
-    assert shared[3.25]["ppl"] < row(rows, "turboquant", 3)["ppl"] - 0.5
+    assert shared[3.25]["ppl"] < row(rows, "turboquant", 3)["ppl"] - 0.2
     assert shared[3.0]["ppl"] < row(rows, "affine", 3)["ppl"]
     assert shared[2.5]["ppl"] < row(rows, "affine", 2)["ppl"]

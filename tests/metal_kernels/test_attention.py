@@ -174,6 +174,8 @@ def test_what_does_not_fit_is_named() -> None:
         attention(q, _normal(1, 2, 5, 64), _normal(1, 2, 5, 64), scale=1.0)
     with pytest.raises(ShapeError, match="groups of 64 do not divide a width of 96"):
         _code(3, 96, 64)
+    with pytest.raises(ShapeError, match="a codebook of 256 values in uneven steps"):
+        CacheCode(tuple(float(i * i) for i in range(256)), 64, None, 1, 64)
     with pytest.raises(ShapeError, match="heads of 32 values for a code of 64"):
         pack_cache(_normal(1, 1, 1, 32), _code(3, 64, 64))
     with pytest.raises(ShapeError, match="mask 'diagonal'"):

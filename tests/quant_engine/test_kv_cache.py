@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -119,6 +120,49 @@ def test_trimming_leaves_the_first_tokens_and_appending_goes_on(config: CacheCon
         atol=1e-5,
     )
     assert cache.trim(1000) == 35
+    assert cache.empty()
+
+
+def _attended(cache: TurboQuantKVCache, tokens: int, seed: int, in_place: bool) -> np.ndarray:
+    """Attention of three new queries after adding tokens, in NumPy and in place, or by MLX."""
+    keys, values = _heads(tokens, seed)
+    queries = _heads(3, seed + 7)[0]
+    if in_place:
+        found = cache.attend_rows(*map(np.array, (queries, keys, values)), scale=0.125, mask="causal")
+        assert found is not None
+        return found
+    cache.add(keys, values)
+    return np.array(cache.attend(queries, scale=0.125, mask="causal"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_tokens_written_in_place_are_those_that_mlx_would_add(bits: int) -> None:
+    """In turns, over the room that one step gives, and after dropping tokens down to where the last was written."""
+    both, alone = (TurboQuantKVCache(CacheConfig(bits, bits)) for _ in range(2))
+    for seed, tokens in enumerate((250, 1, 9, 1, 300, 1)):
+        found = _attended(both, tokens, seed, in_place=seed % 3 != 2)
+        assert np.allclose(found, _attended(alone, tokens, seed, in_place=False), rtol=1e-3, atol=1e-4)
+        if seed == 2:
+            assert both.trim(9) == alone.trim(9)
+    assert all(mx.array_equal(a, b) for a, b in zip(both.state[:4], alone.state[:4], strict=True))
+
+
+def test_a_branch_of_a_cache_written_in_place_goes_on_by_itself() -> None:
+    first = TurboQuantKVCache(CacheConfig(4, 4))
+    _attended(first, 10, 0, in_place=True)
+    branch = copy.deepcopy(first)
+    first.trim(4)
+    ours, theirs = _attended(first, 4, 3, in_place=True), _attended(branch, 4, 4, in_place=True)
+    fresh = TurboQuantKVCache(CacheConfig(4, 4))
+    fresh.add(*_heads(10, 0))
+    assert np.allclose(theirs, _attended(fresh, 4, 4, in_place=False), rtol=1e-3, atol=1e-4)
+    fresh.trim(8)
+    assert np.allclose(ours, _attended(fresh, 4, 3, in_place=False), rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_in_full_precision_are_not_written_in_place() -> None:
+    cache = TurboQuantKVCache(CacheConfig(4, 4, recent_tokens=2))
+    assert cache.attend_rows(*[np.zeros((1, 2, 1, 64), np.float32)] * 3, scale=1.0, mask=None) is None
     assert cache.empty()
 
 
