@@ -87,13 +87,14 @@ def _whole(tokens: Tokens) -> Array:
     The array may have room for more tokens than were given; only with a known layout do loops over it vectorise.
     """
     assert not isinstance(tokens, PackedTokens)
-    batch, heads, _, size = tokens.shape
+    batch, heads, count, size = tokens.shape
     per_batch, per_head, per_token, per_value = tokens.strides
     room = per_head // per_token if per_token else 0
     if (
         per_value != 4
         or per_token != 4 * size
         or per_head != room * per_token
+        or room < count  # A single head's stride may be anything.
         or (batch > 1 and per_batch != heads * per_head)
     ):
         return np.ascontiguousarray(tokens)

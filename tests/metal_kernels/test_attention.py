@@ -137,9 +137,11 @@ def test_room_beyond_the_tokens_is_never_read(backend: str, rows: int) -> None:
     assert mx.array_equal(out, clean)
 
 
-def test_strided_keys_and_queries_are_read_right() -> None:
-    q, k = _normal(1, 9, 4, 64).swapaxes(1, 2), _normal(1, 300, 2, 64, seed=1).swapaxes(1, 2)
-    v = _normal(1, 2, 400, 64, seed=2)[:, :, 50:350]
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rows", [5, 9])
+def test_strided_keys_and_queries_are_read_right(rows: int, heads: int) -> None:
+    q, k = _normal(1, rows, 4, 64).swapaxes(1, 2), _normal(1, 300, heads, 64, seed=1).swapaxes(1, 2)
+    v = _normal(1, heads, 400, 64, seed=2)[:, :, 50:350]
     assert np.allclose(np.array(attention(q, k, v, scale=0.1)), _exact(q, k, v, 0.1, None, None), atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from metal_kernels import (
     use_backend,
 )
 from metal_kernels import dequantize as dequantize_rotated
-from metal_kernels.cpu import lanes, vector
+from metal_kernels.cpu import lanes, llvm_vector
 from metal_kernels.cpu.products import packed_product
 from tests.metal_kernels.test_quantize import CODEBOOKS
 
@@ -69,7 +69,7 @@ def test_any_number_of_rows_on_either_side(n: int, rows: int) -> None:
     assert np.allclose(np.array(matmul(x, PackedWeight(*arguments))), np.array(x) @ values.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("lookup", vector.available_lookups())
+@pytest.mark.parametrize("lookup", llvm_vector.available_lookups())
 @pytest.mark.parametrize(("bits", "width"), [(3, 512), (4, 256)])
 def test_every_instruction_set_gives_the_same(lookup: int, bits: int, width: int) -> None:
     rng = np.random.default_rng(bits)
