@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-NAMES = ("distortion", "matvec", "matmul", "experts", "attention", "end_to_end", "quality")
+NAMES = ("distortion", "matvec", "matmul", "experts", "attention", "end_to_end", "convert", "quality")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ TITLES = {
     "experts": "Products with experts",
     "attention": "Attention",
     "speed": "Whole models",
+    "convert": "Converting",
     "big_model": "A Llama of 8.0 billion parameters",
 }
 DEVICES = {"": "CPU", "-cuda": "NVIDIA", "-metal": "Apple"}

@@ -17,7 +17,7 @@ from typing import Any
 import metal_kernels
 from benchmarks.harness import machine, result_file
 
-BENCHMARKS = ("distortion", "matvec", "matmul", "experts", "attention", "end_to_end")
+BENCHMARKS = ("distortion", "matvec", "matmul", "experts", "attention", "end_to_end", "convert")
 RESULT_OF = {"end_to_end": "speed"}
 LAST = 60
 """Lines of a failure's output that are kept."""
