@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 
 import metal_kernels
 from benchmarks.harness import SHARED, report
-from quant_engine import QuantConfig, convert, load
+from quant_engine import CacheConfig, QuantConfig, convert, load
 from quant_engine.generate import continue_prompt, make_cache, rate, read_prompt
 from tq_mcp import demo_model
 
@@ -33,6 +33,11 @@ LARGE = {
     "hidden_act": "silu",
 }  # fmt: skip
 ROUNDS = 3
+VARIANTS = (
+    ("turboquant", 3, None),
+    ("turboquant", 4, None),
+    ("turboquant, cache at 8/4 bits", 3, CacheConfig(8, 4)),
+)
 
 
 def write_random_llama(folder: Path, config: dict[str, Any]) -> None:
@@ -65,13 +70,15 @@ def speed_of_mlx_lm(model: nn.Module, tokenizer: Any, prompt: list[int], tokens:
     return last.prompt_tps, last.generation_tps
 
 
-def speed_of_ours(model: nn.Module, tokenizer: Any, prompt: list[int], tokens: int) -> tuple[float, float]:
+def speed_of_ours(
+    model: nn.Module, tokenizer: Any, prompt: list[int], tokens: int, cache: CacheConfig | None
+) -> tuple[float, float]:
     """Prompt and generated tokens a second of this project's generation."""
-    cache = make_cache(model, None)
+    held = make_cache(model, cache)
     began = time.perf_counter()
-    read_prompt(model, prompt[:-1], cache)
+    read_prompt(model, prompt[:-1], held)
     seconds = time.perf_counter() - began
-    return rate(len(prompt) - 1, seconds), continue_prompt(model, tokenizer, prompt, cache, tokens).tokens_per_s
+    return rate(len(prompt) - 1, seconds), continue_prompt(model, tokenizer, prompt, held, tokens).tokens_per_s
 
 
 def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) -> list[dict[str, Any]]:
@@ -83,16 +90,18 @@ def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) 
         convert(path, work / f"{name}-{bits}", config=QuantConfig(bits=bits))
         ours[bits] = load(work / f"{name}-{bits}")
     affine: list[tuple[float, float]] = []
-    turbo: dict[int, list[tuple[float, float]]] = {3: [], 4: []}
+    turbo: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(VARIANTS))}
+    paths = [""] * len(VARIANTS)
     for _ in range(ROUNDS):
         affine.append(speed_of_mlx_lm(*theirs, prompt, tokens))
-        for bits, loaded in ours.items():
+        for number, (_, bits, cache) in enumerate(VARIANTS):
             metal_kernels.reset_paths()
-            turbo[bits].append(speed_of_ours(*loaded, prompt, tokens))
+            turbo[number].append(speed_of_ours(*ours[bits], prompt, tokens, cache))
+            paths[number] = metal_kernels.kernel_path()
     base = _median(affine)
-    path_name = metal_kernels.kernel_path()
     return [_row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")] + [
-        _row(name, prompt_tokens, "turboquant", bits, _median(turbo[bits]), base, path_name) for bits in turbo
+        _row(name, prompt_tokens, method, bits, _median(turbo[number]), base, paths[number])
+        for number, (method, bits, _) in enumerate(VARIANTS)
     ]
 
 

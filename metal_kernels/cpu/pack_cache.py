@@ -20,7 +20,7 @@ def pack_rows(
     groups)."""
     n, size = x.shape
     bits = (len(table) - 1).bit_length()
-    packed = np.zeros((n, size * bits // 32), np.uint32)
+    packed = np.empty((n, size * bits // 32), np.uint32)
     scales = np.empty((n, size // group_size), np.float32)
     pack = _pack_few if n <= FEW_ROWS else _pack_many
     pack(x, table, packed, scales, group_size, bits)
@@ -28,35 +28,47 @@ def pack_rows(
 
 
 @njit(cache=True, nogil=True)
-def _code(value: Any, table: Any) -> Any:
-    """Index of the nearest entry of an ascending table, by bisection of its midpoints."""
-    low, high = 0, table.shape[0] - 1
-    while low < high:
-        middle = (low + high) // 2
-        if value > np.float32(0.5) * (table[middle] + table[middle + 1]):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _assign(x: Any, table: Any, middles: Any, codes: Any) -> None:
+    """The index of the nearest entry of an ascending table for each x; a value between two takes the lower."""
+    n, last = x.shape[0], table.shape[0] - 1
+    if last > 15:
+        steps = np.float32(last) / (table[last] - table[0])
+        for i in range(n):
+            guess = min(last, max(0, int((x[i] - table[0]) * steps + np.float32(0.5))))
+            # Rounding may have taken the entry beside the nearest.
+            if guess < last and x[i] > middles[guess]:
+                guess += 1
+            elif guess > 0 and x[i] <= middles[guess - 1]:
+                guess -= 1
+            codes[i] = guess
+        return
+    codes[:] = 0
+    for m in range(last):
+        middle = middles[m]
+        for i in range(n):
+            codes[i] += np.uint32(1) if x[i] > middle else np.uint32(0)
 
 
-@njit(cache=True, nogil=True)
-def _scale(values: Any, table: Any) -> Any:
-    """The absolute maximum for 256-value tables, otherwise the root mean square refitted by least squares."""
+@njit(cache=True, fastmath={"reassoc", "contract"}, nogil=True)
+def _scale(values: Any, table: Any, middles: Any, scaled: Any, codes: Any) -> Any:
+    """The absolute maximum for tables of even steps, otherwise the root mean square refitted by least squares."""
     top, total = np.float32(0.0), np.float32(0.0)
-    for value in values:
-        top = max(top, abs(value))
-        total += value * value
-    if table.shape[0] == 256:
+    for i in range(values.shape[0]):
+        top = max(top, abs(values[i]))
+        total += values[i] * values[i]
+    if table.shape[0] > 16:
         return top
     scale = np.float32(np.sqrt(total / np.float32(values.shape[0])))
     if scale < np.float32(1e-30):
         return scale
     for _ in range(REFITS):
         along, energy, inverse = np.float32(0.0), np.float32(0.0), np.float32(1.0) / scale
-        for value in values:
-            entry = table[_code(value * inverse, table)]
-            along += value * entry
+        for i in range(values.shape[0]):
+            scaled[i] = values[i] * inverse
+        _assign(scaled, table, middles, codes)
+        for i in range(values.shape[0]):
+            entry = table[codes[i]]
+            along += values[i] * entry
             energy += entry * entry
         scale = along / energy
     return scale
@@ -65,18 +77,24 @@ def _scale(values: Any, table: Any) -> Any:
 @njit(cache=True, nogil=True)
 def _pack(x: Any, table: Any, packed: Any, scales: Any, group: Any, bits: Any) -> None:
     """One row."""
+    middles = np.float32(0.5) * (table[:-1] + table[1:])
+    scaled, codes = np.empty(group, np.float32), np.empty(group, np.uint32)
+    word, held, filled = 0, np.uint64(0), 0
     for g in range(scales.shape[0]):
-        first = g * group
-        scale = half(_scale(x[first : first + group], table))
+        values = x[g * group : (g + 1) * group]
+        scale = half(_scale(values, table, middles, scaled, codes))
         scales[g] = scale
         inverse = np.float32(1.0) / scale if scale > 0 else np.float32(1.0)
-        for i in range(first, first + group):
-            code = np.uint32(_code(x[i] * inverse, table))
-            bit = i * bits
-            word, shift = bit >> 5, bit & 31
-            packed[word] |= code << np.uint32(shift)
-            if shift + bits > 32:
-                packed[word + 1] |= code >> np.uint32(32 - shift)
+        for i in range(group):
+            scaled[i] = values[i] * inverse
+        _assign(scaled, table, middles, codes)
+        for i in range(group):
+            held |= np.uint64(codes[i]) << np.uint64(filled)
+            filled += bits
+            if filled >= 32:
+                packed[word] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                held >>= np.uint64(32)
+                word, filled = word + 1, filled - 32
 
 
 @njit(cache=True, nogil=True)
