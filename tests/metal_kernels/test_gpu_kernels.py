@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from metal_kernels import quantize, reference
-from metal_kernels.gpu import experts, hadamard, matmul, matvec, tiles, turned_product
+from metal_kernels.gpu import experts, hadamard, matmul, matvec, products, tiles, turned_product
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Kernel
 from quant_engine.codebook import lloyd_max
@@ -43,7 +43,7 @@ def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
     return packed, scales
 
 
-def products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
+def all_products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
     """Products of all kinds of weights with `rows` activations by the kernels."""
     x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype)
     made: list[mx.array] = []
@@ -57,7 +57,7 @@ def products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
 @pytest.mark.parametrize(("dtype", "rows"), [(mx.float16, 1), (mx.float32, 3), (mx.bfloat16, 8)], ids=str)
 def test_products_equal_the_reference(tmp_path: Path, dtype: mx.Dtype, rows: int) -> None:
     x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype).astype(mx.float32)
-    found = on_machine(tmp_path, lambda: products(dtype, rows))
+    found = on_machine(tmp_path, lambda: all_products(dtype, rows))
     bound = {mx.float16: 2e-3, mx.float32: 1e-3, mx.bfloat16: 8e-3}[dtype]
     for (bits, group), y in zip(WEIGHTS, found, strict=True):
         expected = reference.matmul(x, *weights(bits, group), lloyd_max(bits))
@@ -80,6 +80,43 @@ def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dty
     for (bits, group), y in zip(cases, on_machine(tmp_path, run), strict=True):
         expected = reference.matmul(x.astype(mx.float32), *weights(bits, group), lloyd_max(bits))
         assert mx.abs(y.astype(mx.float32) - expected).max() < 2e-3 * mx.abs(expected).max(), (bits, group)
+
+
+ODD_SHAPES = [
+    # rows, width, rows of activations, bits, group
+    (1, 32, 1, 3, 32),
+    (15, 96, 17, 2, 32),
+    (17, 288, 3, 4, 0),
+    (33, 544, 20, 3, 32),
+    (47, 320, 9, 4, 64),
+    (16, 640, 33, 2, 128),
+]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_odd_shapes_of_strided_activations_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype) -> None:
+    made = [(case, *odd_case(*case, dtype)) for case in ODD_SHAPES]
+
+    def run() -> list[mx.array]:
+        return [products.multiply(x, weight, gpu) for _, x, weight, _ in made]
+
+    for (case, _, _, right), y in zip(made, on_machine(tmp_path, run), strict=True):
+        off = mx.abs(y.astype(mx.float32) - right).max() / mx.abs(right).max()
+        assert y.shape == right.shape
+        assert off < (2e-3 if dtype == mx.float16 else 8e-3), case
+
+
+def odd_case(
+    rows: int, width: int, n: int, bits: int, group: int, dtype: mx.Dtype
+) -> tuple[mx.array, tiles.TileWeight, mx.array]:
+    """Activations, every second column of an array; a weight; and their product by the reference."""
+    block, turn = choose_block(width, "auto"), mx.array(signs(width, bits))
+    x = mx.random.normal((n, width, 2), key=mx.random.key(rows)).astype(dtype)[:, :, 1]
+    codes = quantize(mx.random.normal((rows, width), key=mx.random.key(width)), lloyd_max(bits), group)
+    rotated = reference.rotate(x.astype(mx.float32), turn, block)
+    weight = tiles.arrange(*codes, lloyd_max(bits), turn, block)
+    return x, weight, reference.matmul(rotated, *codes, lloyd_max(bits))
 
 
 EXPERTS = 5
