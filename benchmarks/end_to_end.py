@@ -90,7 +90,7 @@ def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) 
         convert(path, work / f"{name}-{bits}", config=QuantConfig(bits=bits))
         ours[bits] = load(work / f"{name}-{bits}")
     affine: list[tuple[float, float]] = []
-    turbo: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(VARIANTS))}
+    turbo: list[list[tuple[float, float]]] = [[] for _ in VARIANTS]
     paths = [""] * len(VARIANTS)
     for _ in range(ROUNDS):
         affine.append(speed_of_mlx_lm(*theirs, prompt, tokens))

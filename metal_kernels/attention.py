@@ -48,11 +48,6 @@ class CacheCode:
         check_rotation(self.size, self.signs, self.block)
 
     @cached_property
-    def table(self) -> Array:
-        """The codebook's values."""
-        return np.array(self.codebook, np.float32)
-
-    @cached_property
     def lookup(self) -> Array:
         """The codebook as a CPU's kernels look it up."""
         return lookup_table(self.codebook)
@@ -114,7 +109,7 @@ def pack_cache_rows(x: Array, code: CacheCode) -> tuple[NDArray[np.uint32], NDAr
     """On a CPU: as `pack_cache`, for float32 arrays of NumPy."""
     record("cpu", "pack_cache")
     rows = rotate_rows(np.ascontiguousarray(x).reshape(-1, code.size), code.sign_row, code.block)
-    packed, scales = pack_rows(rows, code.table, _group(code))
+    packed, scales = pack_rows(rows, code.lookup[: len(code.codebook)], _group(code))
     return packed.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
 
 

@@ -99,9 +99,9 @@ class FloatModel:
         `report` is called after each layer.
         """
         modules: dict[str, nn.Module] = {}
-        stored = 0
+        stored, policy = 0, replace(self._policy, config=recipe.config)
         for path, layer in self._layers.items():
-            made = quantize_layer(layer, self._recipe_for(path, layer, recipe))
+            made = quantize_layer(layer, recipe if recipe.method == "affine" else _own(recipe, policy, path, layer))
             modules[path], stored = made, stored + made.weight_nbytes
             report()
         config = recipe.config
@@ -110,12 +110,11 @@ class FloatModel:
             recipe.method, config.bits, config.group_size, 8 * stored / self._weights, size, self._model, modules
         )
 
-    def _recipe_for(self, path: str, layer: nn.Module, recipe: Recipe) -> Recipe:
-        if recipe.method == "affine":
-            return recipe
-        policy = replace(self._policy, config=recipe.config)
-        bits, group_size = policy.decide(path, weight_of(layer).shape).bits, policy.group_size(path)
-        return replace(recipe, config=replace(recipe.config, bits=bits, group_size=group_size))
+
+def _own(recipe: Recipe, policy: Policy, path: str, layer: nn.Module) -> Recipe:
+    """The recipe at the bits and groups that the policy gives a layer."""
+    bits, group_size = policy.decide(path, weight_of(layer).shape).bits, policy.group_size(path)
+    return replace(recipe, config=replace(recipe.config, bits=bits, group_size=group_size))
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

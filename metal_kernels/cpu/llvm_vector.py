@@ -48,6 +48,11 @@ def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) -
     return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4 if element in (I32, F32) else 2)
 
 
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """Store a float32 or a vector of them at an integer address."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
 def look_up(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int, lookup: int) -> ir.Value:
     """table[index mod 16] for each lane; `table` is what `load_table` returns."""
     if lanes == 16 and lookup == AVX512:

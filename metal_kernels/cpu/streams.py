@@ -6,7 +6,19 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from metal_kernels.cpu.llvm_vector import F32, I32, I64, fma, literals, load, load_table, look_up, splat, vector_of
+from metal_kernels.cpu.llvm_vector import (
+    F32,
+    I32,
+    I64,
+    fma,
+    literals,
+    load,
+    load_table,
+    look_up,
+    splat,
+    store,
+    vector_of,
+)
 
 LANES = 16
 
@@ -39,7 +51,7 @@ def decode_stream(
                 pair = builder.insert_element(pair, part, I32(side))
             index = builder.lshr(builder.shuffle_vector(pair, pair, sides), shifts)
             value = builder.fmul(look_up(builder, index, entries, LANES, way), scales)
-            _store(builder, value, target, loop.index)
+            store(builder, value, builder.add(target, builder.mul(loop.index, I64(4 * LANES))))
         return context.get_dummy_value()
 
     kinds = types.intp, types.intp, types.float32, types.intp, types.intp
@@ -57,12 +69,7 @@ def decode_bytes(typing: Any, codes: Any, first: Any, step: Any, out: Any, sixte
             at = builder.add(source, builder.mul(loop.index, I64(LANES)))
             codes = builder.zext(load(builder, at, vector_of(ir.IntType(8), LANES), 0), vector_of(I32, LANES))
             value = fma(builder, builder.sitofp(codes, vector_of(F32, LANES)), slopes, bases)
-            _store(builder, value, target, loop.index)
+            store(builder, value, builder.add(target, builder.mul(loop.index, I64(4 * LANES))))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32, types.float32, types.intp, types.intp), codegen
-
-
-def _store(builder: ir.IRBuilder, value: ir.Value, target: ir.Value, sixteen: ir.Value) -> None:
-    place = builder.add(target, builder.mul(sixteen, I64(4 * LANES)))
-    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)

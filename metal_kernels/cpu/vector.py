@@ -26,6 +26,7 @@ from metal_kernels.cpu.llvm_vector import (
     load_table,
     look_up,
     splat,
+    store,
     vector_of,
 )  # fmt: skip
 
@@ -184,7 +185,7 @@ def dot_packed(
                     place = builder.add(s, builder.mul(s_stride, I64(r)))
                     dot = builder.fmul(dot, builder.fpext(load(builder, place, F16, 0), F32))
                 place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
-                builder.store(dot, builder.inttoptr(place, F32.as_pointer()), align=4)
+                store(builder, dot, place)
         return context.get_dummy_value()
 
     ints = [types.intp] * 10
@@ -222,9 +223,7 @@ def decode_packed(
                 if fields and field % fields == 0:
                     scale = _half_scale(builder, s_block, field // fields, n_lanes)
                 place = builder.add(out_block, I64(4 * n_lanes * field))
-                builder.store(
-                    builder.fmul(value, scale), builder.inttoptr(place, vector_of(F32, n_lanes).as_pointer()), align=4
-                )
+                store(builder, builder.fmul(value, scale), place)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5, bits, per_scale, lanes, lookup), codegen
@@ -279,7 +278,7 @@ def dot_dense(
             for c in range(n_columns):
                 dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
                 place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
-                builder.store(dot, builder.inttoptr(place, F32.as_pointer()), align=4)
+                store(builder, dot, place)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 7, kind, rows, columns, lanes), codegen
@@ -303,7 +302,7 @@ def hadamard16(typing: Any, source: Any, signs: Any, target: Any, norm: Any, run
                 )
                 own = ir.Constant(v, [-1.0 if i & step else 1.0 for i in range(16)])
                 value = fma(builder, value, own, swapped)
-            builder.store(value, builder.inttoptr(builder.add(y, at), v.as_pointer()), align=4)
+            store(builder, value, builder.add(y, at))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.float32, types.intp), codegen

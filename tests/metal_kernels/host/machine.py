@@ -130,13 +130,7 @@ def _head(shape: Sequence[int], size: int) -> bytes:
 
 def _variant(kernel: Kernel, index: int, constants: Constants, dtypes: Sequence[mx.Dtype]) -> str:
     lines = [f"static void variant_{index}(emulator::Arguments& arguments) {{"]
-    for name, value in constants.items():
-        if isinstance(value, mx.Dtype):
-            lines.append(f"  using {name} = {metal_rules.TYPES[value]};")
-        elif isinstance(value, bool):
-            lines.append(f"  [[maybe_unused]] constexpr bool {name} = {str(value).lower()};")
-        else:
-            lines.append(f"  [[maybe_unused]] constexpr int {name} = {value};")
+    lines += metal_rules.definitions(constants)
     for i, name in enumerate((*kernel.inputs, *kernel.outputs)):
         constant = "const " if i < len(kernel.inputs) else ""
         lines.append(f"  auto {name} = arguments.at<{constant}{metal_rules.TYPES[dtypes[i]]}>({i});")

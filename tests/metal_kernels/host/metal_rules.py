@@ -79,12 +79,19 @@ def program(kernel: Kernel, constants: Mapping[str, Any], inputs: Sequence[mx.ar
     parameters += [f"device {TYPES[kind]}* {name}" for (_, kind), name in zip(outputs, kernel.outputs, strict=True)]
     parameters += [f"{kind} {name}" for kind, names in POSITIONS.items() for name in names]
     lines = [kernel.header("metal"), f"void {kernel.name}({', '.join(parameters)}) {{"]
+    return "\n".join([*lines, *definitions(constants), kernel.body, "}"])
+
+
+def definitions(constants: Mapping[str, Any]) -> list[str]:
+    """A launch's compile-time values in C++."""
+    lines: list[str] = []
     for name, value in constants.items():
         if isinstance(value, mx.Dtype):
             lines.append(f"using {name} = {TYPES[value]};")
         else:
-            lines.append(f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};")
-    return "\n".join([*lines, kernel.body, "}"])
+            kind = "bool" if isinstance(value, bool) else "int"
+            lines.append(f"[[maybe_unused]] constexpr {kind} {name} = {str(value).lower()};")
+    return lines
 
 
 def _below(cursor: Any) -> Iterator[Any]:
