@@ -19,16 +19,24 @@ SOURCE = Path(__file__).resolve().parent / "source"
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
 
+_LIMITED = "#undef __global__\n#define __global__ __attribute__((global))"
+"""MLX writes a kernel's first line, which has no place for a limit, after the text of its header."""
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body."""
+    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body.
+
+    registers: how many a thread gets on NVIDIA at most, so that enough threads are there to wait for memory; 0 leaves
+    it to the compiler.
+    """
 
     name: str
     sources: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     body: str
+    registers: int = 0
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
@@ -37,7 +45,8 @@ class Kernel:
         """
         names = (f"prelude_{dialect}.h", *self.sources)
         if dialect == "cuda":
-            return "".join(f'#include "{SOURCE / name}"\n' for name in names)
+            limit = f"{_LIMITED} __maxnreg__({self.registers})\n" if self.registers else ""
+            return "".join(f'#include "{SOURCE / name}"\n' for name in names) + limit
         return "\n".join(source_text(name) for name in names)
 
     def launch(
@@ -73,13 +82,19 @@ def source_text(name: str) -> str:
 @cache
 def constant(value: float) -> mx.array:
     """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
-    return mx.full((8,), value)
+    return made(mx.full((8,), value))
 
 
 @cache
 def zeros(dtype: mx.Dtype) -> mx.array:
     """What stands for an array that a launch does without."""
-    return mx.zeros((1, 8), dtype)
+    return made(mx.zeros((1, 8), dtype))
+
+
+def made(array: mx.array) -> mx.array:
+    """An array that is computed now: otherwise a compiled function that finds it computes it again on every call."""
+    mx.eval(array)
+    return array
 
 
 def number(value: int) -> mx.array:
@@ -89,9 +104,7 @@ def number(value: int) -> mx.array:
 
 @cache
 def _numbers(count: int) -> mx.array:
-    numbers = mx.arange(count, dtype=mx.uint32)
-    mx.eval(numbers)
-    return numbers
+    return made(mx.arange(count, dtype=mx.uint32))
 
 
 def _dialect() -> Dialect:

@@ -11,7 +11,7 @@ import numpy as np
 from metal_kernels.gpu.hadamard import factors, odd_factor
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel, constant, number
+from metal_kernels.launch import SIMD, Kernel, constant, made, number
 from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
@@ -138,7 +138,7 @@ class HeadCode:
         odd, power = factors(block)
         padded = np.resize(np.array(codebook, np.float32), max(8, len(codebook)))
         return HeadCode(
-            bits_of(codebook), size, group, odd, power, sign_bits(signs, size), odd_factor(odd),
+            bits_of(codebook), size, group, odd, power, made(sign_bits(signs, size)), odd_factor(odd),
             token_table(codebook), mx.array(padded),
         )  # fmt: skip
 
@@ -158,7 +158,7 @@ def token_table(codebook: tuple[float, ...]) -> mx.array:
     Zeros for 8 bits, which need none.
     """
     if bits_of(codebook) == 8:
-        return mx.zeros((8,), mx.uint32)
+        return made(mx.zeros((8,), mx.uint32))
     values = np.array(codebook, np.float16)
     magnitudes = values[len(values) // 2 :]
     return table_words(-magnitudes if len(codebook) == 16 else values, magnitudes)
@@ -253,7 +253,7 @@ def _attend(
         queries, of_keys.signs, key_codes, key_scales, value_codes, value_scales, of_keys.table, of_values.table,
         of_keys.matrix, length, number(chunk),
         constant(kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
-        constant(0.0).reshape(1, 1, 1, 8) if bias is None else bias,
+        _no_bias() if bias is None else bias,
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
     constants = {
@@ -272,6 +272,11 @@ def _parts(length: int, tiles: int) -> tuple[int, int]:
     chunk = -(-max(length, 1) // most)
     chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
     return chunk, -(-max(length, 1) // chunk)
+
+
+@cache
+def _no_bias() -> mx.array:
+    return made(mx.zeros((1, 1, 1, 8)))
 
 
 def _padded(sinks: mx.array) -> mx.array:

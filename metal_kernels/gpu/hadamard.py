@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.tiles import BLOCK_COLUMNS
-from metal_kernels.launch import Kernel
+from metal_kernels.launch import Kernel, constant, made
 
 MOST_THREADS = 1024
 MOST_VALUES = 64
@@ -123,7 +123,5 @@ def _launch(
 def odd_factor(odd: int) -> mx.array:
     """The small Hadamard matrix (odd, odd) as MLX has it, unnormalised; zeros for 1, whose place it takes."""
     if odd == 1:
-        return mx.zeros((8,))
-    matrix = mx.hadamard_transform(mx.eye(odd, stream=mx.cpu), scale=1.0, stream=mx.cpu)
-    mx.eval(matrix)
-    return matrix
+        return constant(0.0)
+    return made(mx.hadamard_transform(mx.eye(odd, stream=mx.cpu), scale=1.0, stream=mx.cpu))

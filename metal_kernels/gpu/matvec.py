@@ -34,7 +34,7 @@ def constants(
     weight: TileWeight, x: Activations, dialect: Dialect, dtype: mx.Dtype
 ) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values."""
-    columns = COLUMNS if dialect == "cuda" else min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
+    columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
     return {
         "BITS": weight.bits,
         "GROUP": weight.group,

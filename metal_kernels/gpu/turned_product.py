@@ -120,7 +120,7 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
     layout, parts = _layout(weight), _parts(dtype)
     return {
         "BITS": weight.bits, "GROUP": weight.group, "SLICES": layout.slices, "PARTS": parts, "NVIDIA": gpu == "cuda",
-        "COLUMNS": COLUMNS if gpu == "cuda" else _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "COLUMNS": _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
         "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-// Products of packed weights with COLUMNS columns of activations at a time, 64 at most.
+// Products of packed weights with COLUMNS columns of activations at a time: 1, 2, 4 or 8.
 //
 // A threadgroup takes a tile of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their sums at
 // the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
@@ -14,19 +14,27 @@ constexpr int groups_of_block(int group) {
   return group == 0 ? 1 : COLUMNS_OF_BLOCK / group;
 }
 
+// NVIDIA's matrix units have eight columns. Where there are fewer rows of activations, several runs of 32 of their values
+// take them side by side: lane (g, t) loads those of row g % COLUMNS and of run g / COLUMNS, and of the products only those
+// count whose column belongs to the run that the weights are of.
+template <int COLUMNS, bool NVIDIA>
+constexpr int runs_of_load() {
+  return NVIDIA ? 8 / COLUMNS : 1;
+}
+
 // Where the rows of x that a lane reads begin; the last row stands in for those beyond it, whose results are dropped.
 // X points to a device's or a threadgroup's memory.
 template <int COLUMNS, bool NVIDIA, typename X>
 struct RowsOfLane {
-  CONSTANT int EACH = NVIDIA ? COLUMNS / 8 : COLUMNS;
+  CONSTANT int EACH = NVIDIA ? 1 : COLUMNS;
   X x;
   uint offsets[EACH];
 
   RowsOfLane(X all, uint stride, uint first, uint end, uint lane) : x(all + 8 * (lane % 4)) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
-      uint row = first + (NVIDIA ? 8 * i + lane / 4 : i);
-      offsets[i] = (row < end ? row : end - 1) * stride;
+      uint row = first + (NVIDIA ? lane / 4 % COLUMNS : i), run = NVIDIA ? lane / 4 / COLUMNS : 0;
+      offsets[i] = (row < end ? row : end - 1) * stride + 32 * run;
     }
   }
 };
@@ -68,11 +76,19 @@ struct Sums {
     }
   }
 
-  void add_scaled(const thread Sums<COLUMNS, NVIDIA>& other, uint scales) {
+  // The sums of run `run` of a block, times the scales of rows g and g + 8.
+  void add_scaled(const thread Sums<COLUMNS, NVIDIA>& other, uint scales, int, uint) {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
       at[i] += low(scales) * other.at[i];
       at[COLUMNS + i] += high(scales) * other.at[COLUMNS + i];
+    }
+  }
+
+  void scale(uint scales) {
+    UNROLL
+    for (int i = 0; i < VALUES; i++) {
+      at[i] *= i < COLUMNS ? low(scales) : high(scales);
     }
   }
 
@@ -96,48 +112,61 @@ struct Sums {
 #ifdef NVIDIA_INSTRUCTIONS
 template <int COLUMNS>
 struct Activations<COLUMNS, true> {
-  uint4 at[COLUMNS / 8];
+  uint4 at;
 
   template <typename X>
   void load(const thread RowsOfLane<COLUMNS, true, X>& rows, uint position) {
-    UNROLL
-    for (int i = 0; i < COLUMNS / 8; i++) {
-      at[i] = load4(rows.x + rows.offsets[i] + position);
-    }
+    at = load4(rows.x + rows.offsets[0] + position);
   }
 };
 
-// The matrix unit's own spread of each 16 x 8 part of the result: rows g and g + 8, columns 2t and 2t + 1.
+// The matrix unit's own spread of the 16 x 8 sums: rows g and g + 8, columns 2t and 2t + 1.
 template <int COLUMNS>
 struct Sums<COLUMNS, true> {
-  float at[COLUMNS / 8][4];
+  CONSTANT int RUNS = runs_of_load<COLUMNS, true>(), LANES = COLUMNS > 2 ? COLUMNS / 2 : 1;
+  float at[4];
 
   void clear() {
     UNROLL
-    for (int i = 0; i < COLUMNS / 2; i++) {
-      at[i / 4][i % 4] = 0;
+    for (int i = 0; i < 4; i++) {
+      at[i] = 0;
     }
   }
 
   void add(uint4 pairs, const thread Activations<COLUMNS, true>& x, int q) {
-    UNROLL
-    for (int i = 0; i < COLUMNS / 8; i++) {
-      matrix_multiply(at[i], pairs, q % 2 ? x.at[i].z : x.at[i].x, q % 2 ? x.at[i].w : x.at[i].y);
+    matrix_multiply(at, pairs, q % 2 ? x.at.z : x.at.x, q % 2 ? x.at.w : x.at.y);
+  }
+
+  // Columns of lanes whose run this is not are another run's weights times this one's activations.
+  void add_scaled(const thread Sums<COLUMNS, true>& other, uint scales, int run, uint lane) {
+    if (RUNS == 1 || lane % 4 / LANES == uint(run % RUNS * COLUMNS / (2 * LANES))) {
+      UNROLL
+      for (int i = 0; i < 4; i++) {
+        if (COLUMNS > 1 || i % 2 == 0) {
+          at[i] += (i < 2 ? low(scales) : high(scales)) * other.at[COLUMNS > 1 ? i : i + run % 2];
+        }
+      }
     }
   }
 
-  void add_scaled(const thread Sums<COLUMNS, true>& other, uint scales) {
+  void scale(uint scales) {
     UNROLL
-    for (int i = 0; i < COLUMNS / 2; i++) {
-      at[i / 4][i % 4] += (i % 4 < 2 ? low(scales) : high(scales)) * other.at[i / 4][i % 4];
+    for (int i = 0; i < 4; i++) {
+      at[i] *= i < 2 ? low(scales) : high(scales);
     }
   }
 
   void store(Shared<float> partial, uint lane) {
     UNROLL
-    for (int i = 0; i < COLUMNS / 2; i++) {
-      uint row = lane / 4 + 8 * (i % 4 / 2);
-      partial[row * COLUMNS + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = at[i / 4][i % 4];
+    for (int i = 0; i < 4; i++) {
+      UNROLL
+      for (int distance = LANES; distance < 4; distance *= 2) {
+        at[i] += shuffle_xor(at[i], distance);
+      }
+      int column = 2 * (lane % 4) + i % 2;
+      if (column < COLUMNS) {
+        partial[(lane / 4 + i / 2 * 8) * COLUMNS + column] = at[i];
+      }
     }
   }
 };
@@ -189,52 +218,51 @@ struct Block {
   }
 };
 
-// Plane q of a unit of one block. GROUP 0: one scale a row, applied at the end.
-template <int BITS, int GROUP, int COLUMNS, bool NVIDIA>
-inline void multiply_plane(const thread Words<BITS>& words, const thread Table& table,
-                           const thread Activations<COLUMNS, NVIDIA>& x,
-                           const thread Scales<groups_of_block(GROUP)>& scales, int unit, int q,
-                           thread Sums<COLUMNS, NVIDIA>& group, thread Sums<COLUMNS, NVIDIA>& total) {
-  constexpr int EACH = GROUP ? GROUP : 1;
-  uint4 pairs = Decoder<BITS, NVIDIA>::decode(words, unit, q, table);
-  group.add(pairs, x, q);
-  int done = 16 * (4 * unit + q + 1);
-  if (GROUP != 0 && done % EACH == 0) {
-    total.add_scaled(group, scales.at[done / EACH - 1]);
-    group.clear();
-  }
-}
-
-// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first.
+// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. GROUP
+// 0: one scale a row, applied at the end.
 template <int BITS, int GROUP, int SLICES, int COLUMNS, bool NVIDIA, typename X>
 inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
-                            const thread Table& table, uint slice, uint blocks, thread Sums<COLUMNS, NVIDIA>& total) {
+                            const thread Table& table, uint slice, uint blocks, uint lane,
+                            thread Sums<COLUMNS, NVIDIA>& total) {
+  constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
+  constexpr uint ONES = 0x3c003c00u;
   Sums<COLUMNS, NVIDIA> group;
   group.clear();
+  Activations<COLUMNS, NVIDIA> coming;
+  if (slice < blocks) {
+    coming.load(x, slice * COLUMNS_OF_BLOCK);
+  }
   for (uint block = slice; block < blocks; block += SLICES) {
-    Activations<COLUMNS, NVIDIA> some[2];
-    some[0].load(x, block * COLUMNS_OF_BLOCK);
+    bool more = block + SLICES < blocks;
     Words<BITS> words = next.words;
     Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
     next.advance(SLICES);
-    if (block + SLICES < blocks) {
+    if (more) {
       next.load();
     }
-    loads_first();
+    Activations<COLUMNS, NVIDIA> now;
     UNROLL
-    for (int h = 0; h < 8; h++) {
-      if (h < 7) {
-        some[(h + 1) % 2].load(x, block * COLUMNS_OF_BLOCK + 32 * (h + 1));
+    for (int run = 0; run < 8; run++) {
+      if (run % RUNS == 0) {
+        now = coming;
+        if (run + RUNS < 8) {
+          coming.load(x, block * COLUMNS_OF_BLOCK + 32 * (run + RUNS));
+        } else if (more) {
+          coming.load(x, (block + SLICES) * COLUMNS_OF_BLOCK);
+        }
         loads_first();
       }
       UNROLL
       for (int j = 0; j < 2; j++) {
-        multiply_plane<BITS, GROUP, COLUMNS, NVIDIA>(words, table, some[h % 2], factors, h / 2, 2 * (h % 2) + j, group,
-                                                     total);
+        group.add(Decoder<BITS, NVIDIA>::decode(words, run / 2, 2 * (run % 2) + j, table), now, j);
+      }
+      if (RUNS > 1 || (GROUP != 0 && 32 * (run + 1) % EACH == 0)) {
+        total.add_scaled(group, GROUP ? factors.at[32 * run / EACH] : ONES, run, lane);
+        group.clear();
       }
     }
   }
-  if (GROUP == 0) {
+  if (GROUP == 0 && RUNS == 1) {
     total = group;
   }
 }
@@ -245,8 +273,7 @@ inline void store_sums(const thread Sums<COLUMNS, NVIDIA>& total, Device<const h
                        uint tile, uint slice, uint lane) {
   Sums<COLUMNS, NVIDIA> sums = total;
   if (GROUP == 0) {
-    sums.clear();
-    sums.add_scaled(total, load_pair(scales + (tile * 8 + lane / 4) * 2));
+    sums.scale(load_pair(scales + (tile * 8 + lane / 4) * 2));
   }
   sums.store(partial + slice * 16 * COLUMNS, lane);
 }
@@ -298,7 +325,7 @@ inline void matvec(Device<const half> x, Device<const uint> codes, Device<const 
   }
   Sums<COLUMNS, NVIDIA> total;
   total.clear();
-  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, values, slice, blocks, total);
+  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, values, slice, blocks, lane, total);
   store_sums<GROUP>(total, scales, partial, tile, slice, lane);
   barrier();
   for (uint i = slice * 32 + lane; i < 16 * (end - first) / PARTS; i += 32 * SLICES) {

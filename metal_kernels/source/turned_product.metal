@@ -115,7 +115,7 @@ struct TileWalk {
       for (uint j = 0; j < EACH; j++) {
         Sums<COLUMNS, NVIDIA> total;
         total.clear();
-        multiply_blocks<BITS, GROUP, SLICES>(next, x, values, slice, BLOCKS, total);
+        multiply_blocks<BITS, GROUP, SLICES>(next, x, values, slice, BLOCKS, lane, total);
         if (j + 1 < EACH) {
           seek(tile + end);
         } else if (tile + STEP < end) {

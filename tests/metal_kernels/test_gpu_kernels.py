@@ -10,7 +10,7 @@ import pytest
 from metal_kernels import quantize, reference
 from metal_kernels.gpu import experts, hadamard, matmul, matvec, products, tiles, turned_product
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.launch import Kernel
+from metal_kernels.launch import Dialect, Kernel
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 from tests.metal_kernels.host.machine import EmulatorError, Launch, Machine, needs_compiler
@@ -43,21 +43,31 @@ def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
     return packed, scales
 
 
-def all_products(dtype: mx.Dtype, rows: int) -> list[mx.array]:
+def all_products(gpu: Dialect, dtype: mx.Dtype, rows: int) -> list[mx.array]:
     """Products of all kinds of weights with `rows` activations by the kernels."""
     x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype)
     made: list[mx.array] = []
     for bits, group in WEIGHTS:
         weight = tiles.arrange(*weights(bits, group), lloyd_max(bits))
         ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
-        made.append(matvec.matvec(ready, weight, "host", dtype))
+        made.append(matvec.matvec(ready, weight, gpu, dtype))
     return made
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(mx.float16, 1), (mx.float32, 3), (mx.bfloat16, 8)], ids=str)
-def test_products_equal_the_reference(tmp_path: Path, dtype: mx.Dtype, rows: int) -> None:
+FEW = [
+    ("metal", mx.float16, 1),
+    ("metal", mx.float32, 3),
+    ("cuda", mx.float16, 1),
+    ("cuda", mx.float32, 1),
+    ("cuda", mx.float16, 3),
+    ("cuda", mx.bfloat16, 8),
+]
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "rows"), FEW, ids=str)
+def test_products_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype, rows: int) -> None:
     x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype).astype(mx.float32)
-    found = on_machine(tmp_path, lambda: all_products(dtype, rows))
+    found = on_machine(tmp_path, lambda: all_products(gpu, dtype, rows))
     bound = {mx.float16: 2e-3, mx.float32: 1e-3, mx.bfloat16: 8e-3}[dtype]
     for (bits, group), y in zip(WEIGHTS, found, strict=True):
         expected = reference.matmul(x, *weights(bits, group), lloyd_max(bits))
