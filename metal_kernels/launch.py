@@ -19,24 +19,16 @@ SOURCE = Path(__file__).resolve().parent / "source"
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
 
-_LIMITED = "#undef __global__\n#define __global__ __attribute__((global))"
-"""MLX writes a kernel's first line, which has no place for a limit, after the text of its header."""
-
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body.
-
-    registers: how many a thread gets on NVIDIA at most, so that enough threads are there to wait for memory; 0 leaves
-    it to the compiler.
-    """
+    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body."""
 
     name: str
     sources: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     body: str
-    registers: int = 0
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
@@ -45,8 +37,7 @@ class Kernel:
         """
         names = (f"prelude_{dialect}.h", *self.sources)
         if dialect == "cuda":
-            limit = f"{_LIMITED} __maxnreg__({self.registers})\n" if self.registers else ""
-            return "".join(f'#include "{SOURCE / name}"\n' for name in names) + limit
+            return "".join(f'#include "{SOURCE / name}"\n' for name in names)
         return "\n".join(source_text(name) for name in names)
 
     def launch(

@@ -105,7 +105,7 @@ JOIN = Kernel(
 
 PACK = Kernel(
     name="turboquant_pack_cache",
-    sources=("lanes.metal", "heads.metal", "pack_cache.metal"),
+    sources=("lanes.metal", "hadamard.metal", "heads.metal", "pack_cache.metal"),
     inputs=("x", "signs", "odd", "codebook"),
     outputs=("codes", "scales"),
     body="""

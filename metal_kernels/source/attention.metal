@@ -36,7 +36,7 @@ struct Sight {
 
   // The score of a row and token, in powers of two, with what masks do to it.
   float score(float value, uint row, uint token, uint end) const {
-    if (row >= rows || token >= end) {
+    if (token >= end || (MASK == 2 && row >= rows)) {
       return NOTHING;
     }
     uint query = (first_row + row) % queries;
@@ -125,7 +125,7 @@ struct Rows {
       }
       UNROLL
       for (int c = 0; c < KEY_SIZE / 16; c++) {
-        Pairs four = run.template values<NVIDIA>(c, key_table);
+        Pairs four = run.values(c, key_table);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
           uint one = queries[((2 * c) * 4 + t) * ROWS + r], two = queries[((2 * c + 1) * 4 + t) * ROWS + r];
@@ -171,7 +171,7 @@ struct Rows {
       }
       UNROLL
       for (int c = 0; c < (RUN + 3) / 4; c++) {
-        Pairs four = run.template values<NVIDIA>(c, value_table);
+        Pairs four = run.values(c, value_table);
         float each[4] = {low(four.first), high(four.first), low(four.second), high(four.second)};
         UNROLL
         for (int i = 4 * c; i < (4 * c + 4 < RUN ? 4 * c + 4 : RUN); i++) {
@@ -269,17 +269,25 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     loads_first();
     UNROLL
     for (int c = 0; c < KEY_SIZE / 16; c++) {
-      uint4 q = queries[c * 32 + lane];
-      Pairs first = one.template values<true>(c, key_table), second = two.template values<true>(c, key_table);
-      matrix_multiply(scores[0], q, first.first, first.second);
-      matrix_multiply(scores[1], q, second.first, second.second);
+      uint4 q = queries[c * 32 + lane], both = one.values_with(two, c, key_table);
+      matrix_multiply(scores[0], q, both.x, both.y);
+      matrix_multiply(scores[1], q, both.z, both.w);
     }
-    float now[2] = {most[0], most[1]};
+    float now[2] = {most[0], most[1]}, factor[2] = {factors[16 + g], factors[16 + g + 8]};
+    bool all_seen = MASK == 0 && start + 16 <= end;
     UNROLL
     for (int i = 0; i < 8; i++) {
-      uint row = g + 8 * (i % 4 / 2);
-      float score = scores[i / 4][i % 4] * factors[16 + row];
-      scores[i / 4][i % 4] = sight.score(score, row, at + 8 * (i / 4) + i % 2, end);
+      scores[i / 4][i % 4] *= factor[i % 4 / 2];
+    }
+    if (!all_seen) {
+      UNROLL
+      for (int i = 0; i < 8; i++) {
+        uint row = g + 8 * (i % 4 / 2);
+        scores[i / 4][i % 4] = sight.score(scores[i / 4][i % 4], row, at + 8 * (i / 4) + i % 2, end);
+      }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
       now[i % 4 / 2] = larger(now[i % 4 / 2], scores[i / 4][i % 4]);
     }
     UNROLL
@@ -298,21 +306,22 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     }
     UNROLL
     for (int i = 0; i < 8; i++) {
-      scores[i / 4][i % 4] = weight_of(scores[i / 4][i % 4], most[i % 4 / 2]);
+      bool seen = all_seen || scores[i / 4][i % 4] != NOTHING;
+      float weight = power_of_two(scores[i / 4][i % 4] - most[i % 4 / 2]);
+      scores[i / 4][i % 4] = seen ? weight : 0.0f;
       sums[i % 4 / 2] += scores[i / 4][i % 4];
     }
     uint4 weights = uint4{pack_halves(scores[0][0], scores[0][1]), pack_halves(scores[0][2], scores[0][3]),
                           pack_halves(scores[1][0], scores[1][1]), pack_halves(scores[1][2], scores[1][3])};
     UNROLL
     for (int i = 0; i < (RUN + 3) / 4; i++) {
-      Pairs of_a = a.template values<true>(i, value_table), of_b = b.template values<true>(i, value_table);
-      Pairs of_c = c.template values<true>(i, value_table), of_d = d.template values<true>(i, value_table);
+      uint4 of_ab = a.values_with(b, i, value_table), of_cd = c.values_with(d, i, value_table);
       UNROLL
       for (int j = 0; j < 4; j++) {
         uint both = j % 2 ? 0x7632u : 0x5410u;
         if (4 * i + j < RUN) {
-          uint early = byte_permute(j < 2 ? of_a.first : of_a.second, j < 2 ? of_b.first : of_b.second, both);
-          uint late = byte_permute(j < 2 ? of_c.first : of_c.second, j < 2 ? of_d.first : of_d.second, both);
+          uint early = byte_permute(j < 2 ? of_ab.x : of_ab.y, j < 2 ? of_ab.z : of_ab.w, both);
+          uint late = byte_permute(j < 2 ? of_cd.x : of_cd.y, j < 2 ? of_cd.z : of_cd.w, both);
           matrix_multiply(out[4 * i + j < RUN ? 4 * i + j : 0], weights, early, late);
         }
       }

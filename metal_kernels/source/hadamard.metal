@@ -37,6 +37,15 @@ struct Run {
     }
   }
 
+  // The butterflies that one simdgroup can do.
+  void transform(uint lane) {
+    within_thread();
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      at[i] = across_lanes<LANES>(at[i], lane);
+    }
+  }
+
   // Which of its run's first THREADS values a thread ends up with.
   static uint place(uint index) {
     uint low = index % SIMDGROUPS, high = index / 32, middle = index % 32 - low;
@@ -57,11 +66,7 @@ inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<flo
   constexpr int EACH = Run<POWER, THREADS>::EACH, SIMDGROUPS = THREADS / 32, ALL = COUNT * EACH;
   UNROLL
   for (int a = 0; a < COUNT; a++) {
-    runs[a].within_thread();
-    UNROLL
-    for (int i = 0; i < EACH; i++) {
-      runs[a].at[i] = Run<POWER, THREADS>::template across_lanes<Run<POWER, THREADS>::LANES>(runs[a].at[i], index % 32);
-    }
+    runs[a].transform(index % 32);
   }
   if (SIMDGROUPS == 1) {
     return;

@@ -2,18 +2,27 @@
 
 namespace turboquant {
 
-// Transforms the first `count` of `values`, in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. Begins and
-// ends with a barrier. matrix (ODD, ODD) is the small Hadamard matrix of the odd factor.
+// Transforms the first `count` of `values`, in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. A simdgroup
+// takes a run of POWER values, or 32, at a time. Begins and ends with a barrier. matrix (ODD, ODD) is the small
+// Hadamard matrix of the odd factor.
 template <int ODD, int POWER, bool BACK, int THREADS>
 inline void transform_heads(Shared<float> values, Device<const float> matrix, uint count, uint index) {
-  UNROLL
-  for (uint distance = 1; distance < uint(POWER); distance *= 2) {
-    barrier();
-    for (uint i = index; i < count / 2; i += THREADS) {
-      uint within = i & (distance - 1), first = 2 * (i - within) + within;
-      float one = values[first], two = values[first + distance];
-      values[first] = one + two;
-      values[first + distance] = one - two;
+  using Mine = Run<POWER, 32>;
+  barrier();
+  for (uint start = index / 32 * (32 * Mine::EACH); start < count; start += THREADS * Mine::EACH) {
+    Mine run;
+    UNROLL
+    for (int i = 0; i < Mine::EACH; i++) {
+      uint at = start + 32 * i + index % 32;
+      run.at[i] = at < count ? values[at] : 0.0f;
+    }
+    run.transform(index % 32);
+    UNROLL
+    for (int i = 0; i < Mine::EACH; i++) {
+      uint at = start + 32 * i + index % 32;
+      if (at < count) {
+        values[at] = run.at[i];
+      }
     }
   }
   if (ODD > 1) {

@@ -95,7 +95,9 @@ __device__ inline uint shift_right(uint low, uint high, uint by) {
 }
 
 __device__ inline float power_of_two(float exponent) {
-  return exp2f(exponent);
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
 }
 
 __device__ inline uint float_bits(float value) {

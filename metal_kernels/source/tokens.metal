@@ -2,20 +2,28 @@
 
 namespace turboquant {
 
-// A lane's run of COUNT codes, from any code on, moved to begin at bit 0.
-template <int BITS, int COUNT>
+// How many words, at most, the runs of `size` bits of a head touch.
+constexpr int words_of_run(int size, int runs) {
+  int most = 0;
+  for (int run = 0; run < runs; run++) {
+    int touched = (run * size % 32 + size + 31) / 32;
+    most = touched > most ? touched : most;
+  }
+  return most;
+}
+
+// A lane's run of COUNT codes, one of RUNS that a head has, moved to begin at bit 0.
+template <int BITS, int COUNT, int RUNS>
 struct Stream {
-  CONSTANT int SIZE = COUNT * BITS, WORDS = (SIZE + 31) / 32;
-  CONSTANT bool ALIGNED = SIZE % 32 == 0;
+  CONSTANT int SIZE = COUNT * BITS, WORDS = (SIZE + 31) / 32, TOUCHED = words_of_run(SIZE, RUNS);
+  CONSTANT bool ALIGNED = SIZE % 32 == 0, INSIDE = (RUNS - 1) * SIZE / 32 + TOUCHED <= SIZE * RUNS / 32;
   uint at[WORDS + 1];
 
-  // Run `which` of the runs of a head of `words` words.
-  void load(Device<const uint> head, uint which, uint words) {
-    uint word = which * SIZE / 32, shift = which * SIZE % 32;
+  void load(Device<const uint> head, uint which) {
+    uint word = which * SIZE / 32, shift = which * SIZE % 32, last = SIZE * RUNS / 32 - 1;
     UNROLL
     for (int i = 0; i < WORDS + 1; i++) {
-      uint from = word + i;
-      at[i] = ALIGNED && i == WORDS ? 0 : head[from < words ? from : words - 1];
+      at[i] = i < TOUCHED ? head[INSIDE || word + i < last ? word + i : last] : 0;
     }
     if (!ALIGNED) {
       UNROLL
@@ -83,40 +91,70 @@ struct TokenDecoder {
 };
 
 #ifdef NVIDIA_INSTRUCTIONS
-// Each code to the low bits of a nibble of its own.
+// Bits of `one` where the mask has any, of `other` elsewhere.
+inline uint select_bits(uint mask, uint one, uint other) {
+  return (one & mask) | (other & ~mask);
+}
+
+// Of both halves, the low four codes, each to the low bits of a nibble of its own.
 template <int BITS>
 inline uint spread(uint codes) {
   if (BITS == 2) {
-    uint bytes = (codes & 0xfu) | ((codes & 0xf0u) << 4);
-    return (bytes & 0x0303u) | ((bytes & 0x0c0cu) << 2);
+    uint bytes = select_bits(0x000f000fu, codes, codes << 4);
+    return select_bits(0x03030303u, bytes, bytes << 2) & 0x33333333u;
   }
   if (BITS == 3) {
-    uint bytes = (codes & 0x3fu) | ((codes & 0xfc0u) << 2);
-    return (bytes & 0x0707u) | ((bytes & 0x3838u) << 1);
+    uint bytes = select_bits(0x003f003fu, codes, codes << 2);
+    return select_bits(0x07070707u, bytes, bytes << 1) & 0x77777777u;
   }
-  return codes & 0xffffu;
+  return codes;
 }
 
 // By byte permutation: the values' low bytes, their high bytes, and the two interleaved. The table of 4 bits has the
 // negative magnitudes, whose signs the upper half of the codes turns.
 template <int BITS>
 struct TokenDecoder<BITS, true> {
-  static Pairs decode(uint codes, const thread Table& table) {
+  // Twice four codes in the low bits of `one` and `two`: two pairs each.
+  static uint4 decode(uint one, uint two, const thread Table& table) {
     if (BITS == 8) {
-      uint first = add_pairs(byte_permute(codes, 0x64646464u, 0x4140u), 0xe400e400u);
-      uint second = add_pairs(byte_permute(codes, 0x64646464u, 0x4342u), 0xe400e400u);
-      Pairs steps = Pairs{add_pairs(first, 0xd7f8d7f8u), add_pairs(second, 0xd7f8d7f8u)};
-      return steps.times(0x20002000u);
+      Pairs first = even(one), second = even(two);
+      return uint4{first.first, first.second, second.first, second.second};
     }
-    uint selector = spread<BITS>(codes), turned = 0;
+    uint selectors = spread<BITS>(byte_permute(one, two, 0x5410u)), turned[2] = {0, 0};
     if (BITS == 4) {
-      uint upper = selector & 0x8888u;
-      selector = (selector ^ ((upper >> 3) ^ 0x1111u) * 7u) & 0x7777u;
-      turned = (byte_permute(0x80u, 0, upper) << 1) & 0x80808080u;
+      uint upper = selectors & 0x88888888u;
+      selectors = (selectors ^ ((upper >> 3) ^ 0x11111111u) * 7u) & 0x77777777u;
+      turned[0] = signs_of(upper);
+      turned[1] = signs_of(upper >> 16);
     }
-    uint low_bytes = byte_permute(table.low[0], table.low[1], selector);
-    uint high_bytes = byte_permute(table.high[0], table.high[1], selector) ^ turned;
-    return Pairs{byte_permute(low_bytes, high_bytes, 0x5140u), byte_permute(low_bytes, high_bytes, 0x7362u)};
+    uint4 pairs;
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      uint selector = selectors >> (16 * i);
+      uint low_bytes = byte_permute(table.low[0], table.low[1], selector);
+      uint high_bytes = byte_permute(table.high[0], table.high[1], selector) ^ turned[i];
+      uint early = byte_permute(low_bytes, high_bytes, 0x5140u), late = byte_permute(low_bytes, high_bytes, 0x7362u);
+      if (i == 0) {
+        pairs.x = early;
+        pairs.y = late;
+      } else {
+        pairs.z = early;
+        pairs.w = late;
+      }
+    }
+    return pairs;
+  }
+
+ private:
+  static uint signs_of(uint upper) {
+    return (byte_permute(0x80u, 0, upper) << 1) & 0x80808080u;
+  }
+
+  static Pairs even(uint codes) {
+    uint first = add_pairs(byte_permute(codes, 0x64646464u, 0x4140u), 0xe400e400u);
+    uint second = add_pairs(byte_permute(codes, 0x64646464u, 0x4342u), 0xe400e400u);
+    Pairs steps = Pairs{add_pairs(first, 0xd7f8d7f8u), add_pairs(second, 0xd7f8d7f8u)};
+    return steps.times(0x20002000u);
   }
 };
 #endif
@@ -126,13 +164,13 @@ template <int BITS, int GROUP, int SIZE, int RUNS>
 struct TokenRun {
   CONSTANT int COUNT = SIZE / RUNS, WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
   CONSTANT bool ONE_SCALE = GROUP % COUNT == 0;
-  Stream<BITS, COUNT> codes;
+  Stream<BITS, COUNT, RUNS> codes;
   Device<const half> scales;
   uint which, scale;
 
   TokenRun(Device<const uint> all, Device<const half> all_scales, uint token, uint run)
       : scales(all_scales + token * GROUPS), which(run), scale(0) {
-    codes.load(all + token * WORDS, run, WORDS);
+    codes.load(all + token * WORDS, run);
     scale = scale_of(0);
   }
 
@@ -142,10 +180,19 @@ struct TokenRun {
   }
 
   // Values 4c to 4c + 3.
-  template <bool NVIDIA>
   Pairs values(int c, const thread Table& table) const {
-    return TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), table).times(ONE_SCALE ? scale : scale_of(c));
+    return TokenDecoder<BITS, false>::decode(codes.four(c), table).times(ONE_SCALE ? scale : scale_of(c));
   }
+
+#ifdef NVIDIA_INSTRUCTIONS
+  // Those of this token, and of another one: two pairs each.
+  uint4 values_with(const thread TokenRun& other, int c, const thread Table& table) const {
+    uint4 all = TokenDecoder<BITS, true>::decode(codes.four(c), other.codes.four(c), table);
+    uint mine = ONE_SCALE ? scale : scale_of(c), others = ONE_SCALE ? other.scale : other.scale_of(c);
+    return uint4{multiply_pairs(all.x, mine), multiply_pairs(all.y, mine), multiply_pairs(all.z, others),
+                 multiply_pairs(all.w, others)};
+  }
+#endif
 };
 
 } // namespace turboquant
