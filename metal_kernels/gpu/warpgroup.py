@@ -18,7 +18,7 @@ MATMUL = Kernel(
   THREADGROUP_LARGE(uint4, staged, 4 * 8 * COLUMNS);
   THREADGROUP_LARGE(T, results, COLUMNS / PARTS * (64 * WARPGROUPS + 16 / sizeof(T)));
   THREADGROUP_ARRAY(turboquant::Arrival, arrived, 4);
-  turboquant::warpgroup_matmul<BITS, GROUP, WARPGROUPS, COLUMNS, PARTS, T>(
+  turboquant::warpgroup_matmul<BITS, GROUP, WARPGROUPS, COLUMNS, COUNT, PARTS, T>(
       x, x_scales, codes, scales, table, out, staged, results, arrived, x_scales_shape[0], codes_shape[0],
       codes_shape[1], 16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
       thread_index_in_threadgroup);
@@ -32,13 +32,17 @@ WARPGROUP_TILES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A threadgroup's share: warpgroups, 64 rows of the weight each, and rows of activations, 64 or 128."""
+    """A threadgroup's share: warpgroups, 64 rows of the weight each, and rows of activations, 64 or 128.
+
+    planes: how many, 2 or 4, are decoded while as many are multiplied.
+    """
 
     warpgroups: int
     columns: int
+    planes: int
 
 
-SHAPE = Shape(2, 128)
+SHAPE = Shape(2, 128, 4)
 
 
 @cache
@@ -63,6 +67,7 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = S
         "GROUP": weight.group,
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
+        "COUNT": shape.planes,
         "PARTS": x.parts,
         "NVIDIA": True,
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,

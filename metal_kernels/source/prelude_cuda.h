@@ -173,6 +173,15 @@ __device__ inline void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Computed by now, and not only when they are needed.
+template <int COUNT>
+__device__ inline void settle(uint4 (&values)[COUNT]) {
+  UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    asm volatile("" : "+r"(values[i].x), "+r"(values[i].y), "+r"(values[i].z), "+r"(values[i].w));
+  }
+}
+
 // Vectors of 8 halves, eight a line, with their order in line i turned by i (exclusive or), from 16 * step on.
 __device__ inline unsigned long long descriptor(Shared<uint4> tile, int step) {
   return ((shared_address(tile) >> 4) + 2 * step) | (1ull << 16) | (64ull << 32) | (1ull << 62);

@@ -193,6 +193,9 @@ inline void end_products() {}
 template <int LEFT>
 inline void wait_for_products() {}
 
+template <int COUNT>
+inline void settle(uint4 (&)[COUNT]) {}
+
 // NVIDIA's wgmma of one simdgroup's rows, with 128-byte swizzling.
 template <int VALUES>
 inline void warpgroup_multiply(float (&sums)[VALUES], uint4 a, Shared<uint4> tile, int step, int line = __builtin_LINE()) {

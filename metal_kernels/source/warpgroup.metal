@@ -8,18 +8,20 @@
 namespace turboquant {
 
 #ifdef NVIDIA_INSTRUCTIONS
-// The four planes of a unit, scaled.
-template <int BITS, int GROUP>
+// COUNT of the sixteen planes of a block, scaled.
+template <int COUNT>
 struct Planes {
-  CONSTANT int EACH = GROUP ? GROUP : 256;
-  uint4 at[4];
+  uint4 at[COUNT];
 
-  void decode(const thread Words<BITS>& words, const thread Scales<groups_of_block(GROUP)>& factors, int unit,
-              const thread Table& table) {
+  template <int BITS, int GROUP>
+  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Table& table) {
+    constexpr int EACH = GROUP ? GROUP : 256;
     UNROLL
-    for (int q = 0; q < 4; q++) {
-      at[q] = scaled_plane<BITS, true>(words, unit, q, table, factors.at[(64 * unit + 32 * (q / 2)) / EACH]);
+    for (int i = 0; i < COUNT; i++) {
+      uint factors = block.scales.at[(first + i) / 2 * 32 / EACH];
+      at[i] = scaled_plane<BITS, true>(block.words, (first + i) / 4, (first + i) % 4, table, factors);
     }
+    settle(at);
   }
 };
 
@@ -31,6 +33,18 @@ struct Stages {
   uint stride;
   Shared<uint4> staged;
   Shared<Arrival> arrived;
+
+  // By one thread, a barrier before others wait.
+  void begin() const {
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      set_up(arrived + i);
+    }
+    UNROLL
+    for (int i = 0; i < 3; i++) {
+      ask(i);
+    }
+  }
 
   // By one thread.
   void ask(uint unit) const {
@@ -62,12 +76,13 @@ struct WarpgroupSums {
     }
   }
 
-  template <int BITS, int GROUP>
-  void add(const thread Planes<BITS, GROUP>& planes, Shared<uint4> stage) {
+  // Planes `first` and those after it of a unit.
+  template <int COUNT>
+  void add(const thread Planes<COUNT>& planes, Shared<uint4> stage, int first) {
     begin_products();
     UNROLL
-    for (int q = 0; q < 4; q++) {
-      warpgroup_multiply(at, planes.at[q], stage, q);
+    for (int i = 0; i < COUNT; i++) {
+      warpgroup_multiply(at, planes.at[i], stage, first + i);
     }
     end_products();
   }
@@ -111,58 +126,51 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 }
 
 // staged: 4 * 8 * COLUMNS vectors; results: COLUMNS / PARTS * (64 * WARPGROUPS + 16 / sizeof(T)) values, in the same memory.
-template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int PARTS, typename T>
+template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, typename T>
 inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
                              Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged,
                              Shared<T> results, Shared<Arrival> arrived, uint outputs, uint tiles, uint blocks, uint rows,
                              uint group_x, uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
   uint tile = group_x * (4 * WARPGROUPS) + index / 32, units = 4 * blocks;
-  Block<BITS, GROUP> next(codes, scales, tile < tiles ? tile : tiles - 1, blocks, 0, index % 32);
-  next.load();
+  Block<BITS, GROUP> weights(codes, scales, tile < tiles ? tile : tiles - 1, blocks, 0, index % 32), next = weights;
+  weights.load();
   Stages<COLUMNS> stages{x + group_y * COLUMNS * (64 * units), 64 * 64 * units, staged, arrived};
   if (index == 0) {
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-      set_up(arrived + i);
-    }
-    UNROLL
-    for (int i = 0; i < 3; i++) {
-      stages.ask(i);
-    }
+    stages.begin();
   }
   Table values = load_table(table);
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
-  Words<BITS> words = next.words;
-  Scales<groups_of_block(GROUP)> factors = next.scales;
-  Planes<BITS, GROUP> planes[2];
-  planes[0].decode(words, factors, 0, values);
+  Planes<COUNT> planes[2];
+  planes[0].decode(weights, 0, values);
   barrier();
-  stages.wait(0);
   for (uint block = 0; block < blocks; block++) {
-    bool more = block + 1 < blocks;
-    next.advance(1);
-    if (more) {
-      next.load();
-    }
     UNROLL
-    for (int u = 0; u < 4; u++) {
-      uint unit = 4 * block + u;
-      sums.add(planes[u % 2], staged + u * (8 * COLUMNS));
+    for (int first = 0; first < 16; first += COUNT) {
+      uint unit = 4 * block + first / 4;
+      if (first % 4 == 0) {
+        stages.wait(unit);
+      }
+      sums.add(planes[first / COUNT % 2], staged + first / 4 * (8 * COLUMNS), first % 4);
       wait_for_products<1>();
-      if (u == 3) {
-        words = next.words;
-        factors = next.scales;
+      if (first % 4 == 0) {
+        // Whatever came before these products is done: the stage of the unit before is free.
+        barrier();
+        if (index == 0 && unit + 3 < units) {
+          stages.ask(unit + 3);
+        }
       }
-      planes[(u + 1) % 2].decode(words, factors, (u + 1) % 4, values);
-      if (u < 3 || more) {
-        stages.wait(unit + 1);
+      if (first == 0) {
+        next.advance(1);
+        if (block + 1 < blocks) {
+          next.load();
+        }
       }
-      barrier();
-      if (index == 0 && (u == 0 || more)) {
-        stages.ask(unit + 3);
+      if (first + COUNT == 16) {
+        weights = next;
       }
+      planes[(first / COUNT + 1) % 2].decode(weights, (first + COUNT) % 16, values);
     }
   }
   wait_for_products<0>();
