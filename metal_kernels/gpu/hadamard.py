@@ -61,9 +61,7 @@ def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     return _launch(x, signs, constants, ((n, width), x.dtype), 8)[0]
 
 
-def prepare(
-    x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pieces: bool = False
-) -> Activations:
+def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pieces: bool = False) -> Activations:
     """Rotate x (n, width) and turn it into halves; gated: x is (n, 2 * width) and silu(x[:, :width]) * x[:, width:]
     is rotated.
 

@@ -42,7 +42,7 @@ class Shape:
     planes: int
 
 
-SHAPE = Shape(2, 128, 4)
+SHAPE = Shape(2, 128, 2)
 
 
 @cache

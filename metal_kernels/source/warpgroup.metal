@@ -1,9 +1,9 @@
 // Products of packed weights with very many columns of activations, on NVIDIA's Hopper.
 //
 // A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a threadgroup has WARPGROUPS of
-// them. A unit of 64 input columns at a time, weights are decoded and scaled in registers while the matrix units, in the
-// background, multiply the unit before. Activations lie in device memory in pieces (hadamard.metal), which are copied
-// whole: unit u of each block to stage u, asked for three units before it is needed.
+// them. COUNT planes at a time, weights are decoded and scaled in registers while the matrix units, in the background,
+// multiply the planes before. Activations lie in device memory in pieces (hadamard.metal), which are copied whole: unit
+// u of each block to stage u, asked for three units before it is needed.
 
 namespace turboquant {
 
@@ -108,8 +108,8 @@ struct WarpgroupSums {
 
 // From results (outputs, stride) to out (outputs of all, rows), from row first_row and output `first` on.
 template <int OUTPUTS, int ROWS, int THREADS, typename T>
-inline void write_results(Shared<T> results, int stride, Device<T> out, uint first_row, uint rows, uint first, uint end,
-                          uint index) {
+inline void write_results(Shared<T> results, int stride, Device<T> out, uint first_row, uint rows, uint first,
+                          uint end, uint index) {
   constexpr uint EACH = 16 / sizeof(T);
   for (uint i = index; i < OUTPUTS * ROWS / EACH; i += THREADS) {
     uint output = i / (ROWS / EACH), row = i % (ROWS / EACH) * EACH;
@@ -125,7 +125,8 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
   }
 }
 
-// staged: 4 * 8 * COLUMNS vectors; results: COLUMNS / PARTS * (64 * WARPGROUPS + 16 / sizeof(T)) values, in the same memory.
+// staged: 4 * 8 * COLUMNS vectors; in the same memory, after them, results: COLUMNS / PARTS rows of 64 * WARPGROUPS values
+// and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, typename T>
 inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
                              Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged,
@@ -161,7 +162,7 @@ inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales,
           stages.ask(unit + 3);
         }
       }
-      if (first == 0) {
+      if (first == 8) {
         next.advance(1);
         if (block + 1 < blocks) {
           next.load();
@@ -178,7 +179,8 @@ inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales,
   uint first = group_y * (COLUMNS / PARTS);
   sums.template store<PARTS>(results, STRIDE, x_scales, first, outputs, index);
   barrier();
-  write_results<COLUMNS / PARTS, ROWS, 128 * WARPGROUPS>(results, STRIDE, out, group_x * ROWS, rows, first, outputs, index);
+  write_results<COLUMNS / PARTS, ROWS, 128 * WARPGROUPS>(results, STRIDE, out, group_x * ROWS, rows, first, outputs,
+                                                         index);
 }
 #endif
 
