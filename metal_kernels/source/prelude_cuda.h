@@ -123,7 +123,8 @@ __device__ inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// ---- what Hopper has: copies that signal their arrival, and products of warpgroups, four simdgroups, in the background
+// ---- what Hopper has: copies that signal their arrival, and products of warpgroups (four simdgroups), both in the
+// background
 
 __device__ inline uint shared_address(const void* at) {
   return static_cast<uint>(__cvta_generic_to_shared(at));

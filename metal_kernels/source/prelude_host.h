@@ -198,7 +198,8 @@ inline void settle(uint4 (&)[COUNT]) {}
 
 // NVIDIA's wgmma of one simdgroup's rows, with 128-byte swizzling.
 template <int VALUES>
-inline void warpgroup_multiply(float (&sums)[VALUES], uint4 a, Shared<uint4> tile, int step, int line = __builtin_LINE()) {
+inline void warpgroup_multiply(float (&sums)[VALUES], uint4 a, Shared<uint4> tile, int step,
+                               int line = __builtin_LINE()) {
   uint g = emulator::thread_index() % 32 / 4, t = emulator::thread_index() % 4;
   for (uint piece = 0; piece < VALUES / 4; piece++) {
     uint column = 8 * piece + g, vector = 2 * step;

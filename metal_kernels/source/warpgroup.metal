@@ -125,13 +125,13 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
   }
 }
 
-// staged: 4 * 8 * COLUMNS vectors; in the same memory, after them, results: COLUMNS / PARTS rows of 64 * WARPGROUPS values
-// and 16 bytes, a gap against bank conflicts.
+// staged: 4 * 8 * COLUMNS vectors; in the same memory, after them, results: COLUMNS / PARTS rows of 64 * WARPGROUPS
+// values and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, typename T>
 inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
                              Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged,
-                             Shared<T> results, Shared<Arrival> arrived, uint outputs, uint tiles, uint blocks, uint rows,
-                             uint group_x, uint group_y, uint index) {
+                             Shared<T> results, Shared<Arrival> arrived, uint outputs, uint tiles, uint blocks,
+                             uint rows, uint group_x, uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
   uint tile = group_x * (4 * WARPGROUPS) + index / 32, units = 4 * blocks;
   Block<BITS, GROUP> weights(codes, scales, tile < tiles ? tile : tiles - 1, blocks, 0, index % 32), next = weights;

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from metal_kernels.gpu import hadamard, products, warpgroup
+from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.warpgroup import Shape
 from tests.metal_kernels.host.machine import EmulatorError
 from tests.metal_kernels.test_gpu_kernels import odd_case, on_machine
@@ -45,10 +46,9 @@ def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
-    x, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16)
-
-    def run() -> list[mx.array]:
-        return [warpgroup.matmul(hadamard.prepare(x, weight.signs, weight.block, in_pieces=True), weight, x.dtype)]
-
+    _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16)
+    ready = Activations(mx.zeros((hadamard.PIECE_ROWS, 512), mx.float16), mx.ones((65,)), 65, 1, in_pieces=True)
     with pytest.raises(EmulatorError, match="nobody asked for"):
-        on_machine(tmp_path, run, ("unit + 3 < units", "unit + 4 < units"))
+        on_machine(
+            tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16)], ("unit + 3 < units", "unit + 4 < units")
+        )
