@@ -14,7 +14,7 @@ import mlx.core as mx
 
 import metal_kernels
 from benchmarks.harness import copies_of, copy_bandwidth, microseconds, on_gpu, report
-from metal_kernels.gpu import hadamard, products
+from metal_kernels.gpu import products
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
@@ -83,7 +83,7 @@ def _quantized(x: mx.array, out: int, bits: int, read: float, full: float) -> li
     path = metal_kernels.kernel_path()
     tiles = [weight.tiles for weight in ours if weight.tiles is not None]
     if tiles:
-        ready = hadamard.prepare(x, tiles[0].signs, tiles[0].block)
+        ready = products.prepare(x, tiles[0])
         mx.eval(ready.halves, ready.scales)
         gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
         times["turboquant, rotated before"] = microseconds(

@@ -22,13 +22,17 @@ SIMD = 32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body."""
+    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body.
+
+    large_memory: bytes for THREADGROUP_LARGE, which CUDA alone has.
+    """
 
     name: str
     sources: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     body: str
+    large_memory: int = 0
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
@@ -109,10 +113,12 @@ def _dialect() -> Dialect:
 @cache
 def _compiled(kernel: Kernel, dialect: Dialect) -> Callable[..., list[mx.array]]:
     make = cast(Any, mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel)
+    more = {"shared_memory": kernel.large_memory} if kernel.large_memory else {}
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=kernel.body,
         header=kernel.header(dialect),
+        **more,
     )

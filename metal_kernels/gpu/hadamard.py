@@ -14,6 +14,8 @@ MOST_VALUES = 64
 """Values that a thread holds in registers."""
 MOST_EXCHANGED = 4096
 """Values in threadgroup memory at the same time."""
+PIECE_ROWS = 128
+"""Two pieces of 64 rows, which a warpgroup multiplies by at once."""
 
 ROTATE = Kernel(
     name="turboquant_rotate",
@@ -23,7 +25,7 @@ ROTATE = Kernel(
     body="""
   THREADGROUP_ARRAY(float, scratch, AT_ONCE * (THREADS + THREADS / 32));
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, T, OUT>(
+  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, PIECES, T, OUT>(
       x, signs, odd, out, scales, scratch, matrix, WIDTH, PADDED, threadgroup_position_in_grid.x,
       thread_index_in_threadgroup);
 """,
@@ -34,13 +36,15 @@ ROTATE = Kernel(
 class Activations:
     """Rotated activations as halves (n * parts, padded) and the float32 factors (n or more) that restore them.
 
-    With two parts, of float32 activations, a row and the row of what its rounding lost follow each other.
+    With two parts, of float32 activations, a row and the row of what its rounding lost follow each other. In pieces:
+    as many rows as whole `PIECE_ROWS` make, in the order that `place_of` in hadamard.metal says.
     """
 
     halves: mx.array
     scales: mx.array
     n: int
     parts: int
+    in_pieces: bool = False
 
 
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
@@ -50,13 +54,14 @@ def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
         "PARTS": 0,
         "SCALED": False,
         "KIND": 0,
+        "PIECES": False,
         "PADDED": width,
         "OUT": x.dtype,
     }
     return _launch(x, signs, constants, ((n, width), x.dtype), 8)[0]
 
 
-def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False) -> Activations:
+def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pieces: bool = False) -> Activations:
     """Rotate x (n, width) and turn it into halves; gated: x is (n, 2 * width) and silu(x[:, :width]) * x[:, width:]
     is rotated.
 
@@ -69,11 +74,13 @@ def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False) -> Ac
         "PARTS": parts,
         "SCALED": x.dtype != mx.float16,
         "KIND": int(gated),
+        "PIECES": in_pieces,
         "PADDED": padded,
         "OUT": mx.float16,
     }
-    halves, scales = _launch(x, signs, constants, ((n * parts, padded), mx.float16), max(n, 8))
-    return Activations(halves, scales, n, parts)
+    rows = -(-n * parts // PIECE_ROWS) * PIECE_ROWS if in_pieces else n * parts
+    halves, scales = _launch(x, signs, constants, ((rows, padded), mx.float16), max(n, 8))
+    return Activations(halves, scales, n, parts, in_pieces)
 
 
 def fits(block: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import mlx.core as mx
 
-from metal_kernels.gpu import hadamard, matmul, matvec, tiles, turned_product
+from metal_kernels.gpu import hadamard, matmul, matvec, tiles, turned_product, warpgroup
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
 from metal_kernels.gpu.turned_product import Norm
@@ -64,7 +64,7 @@ def multiply(
         more = None if added is None else added.reshape(-1, weight.rows)
         y = turned_product.turned_product(rows, weight, gpu, norm=norm, added=more)
         return y.reshape(*x.shape[:-1], weight.rows)
-    ready = hadamard.prepare(norm(rows) if norm else rows, weight.signs, weight.block)
+    ready = prepare(norm(rows) if norm else rows, weight)
     return times(ready, weight, gpu, x.dtype, added).reshape(*x.shape[:-1], weight.rows)
 
 
@@ -82,8 +82,13 @@ def gated(
         inner = turned_product.turned_product(rows, gate_up, gpu, norm=norm, gates=True)
         return multiply(inner.reshape(*x.shape[:-1], down.width), down, gpu, added=added)
     both = multiply(rows, gate_up, gpu, norm)
-    ready = hadamard.prepare(both, down.signs, down.block, gated=True)
+    ready = prepare(both, down, gated=True)
     return times(ready, down, gpu, x.dtype, added).reshape(*x.shape[:-1], down.rows)
+
+
+def prepare(x: mx.array, weight: TileWeight, gated: bool = False) -> Activations:
+    """Activations made ready, see `hadamard.prepare`, for the kernel that `times` takes for as many."""
+    return hadamard.prepare(x, weight.signs, weight.block, gated, in_pieces=warpgroup.fits(len(x)))
 
 
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:
@@ -91,5 +96,5 @@ def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, add
     more = None if added is None else added.reshape(-1, weight.rows)
     if ready.n <= FEW_ROWS:
         return matvec.matvec(ready, weight, gpu, dtype, more)
-    y = matmul.matmul(ready, weight, gpu, dtype)
+    y = warpgroup.matmul(ready, weight, dtype) if ready.in_pieces else matmul.matmul(ready, weight, gpu, dtype)
     return y if more is None else y + more

@@ -229,12 +229,24 @@ inline void write_parts(TO out, uint at, uint stride, float value) {
   }
 }
 
+// Where a value goes in (rows, padded); PIECES: in pieces of 64 rows and 64 columns, which follow each other in the order
+// of columns, then of rows. A line of a piece is a row, its columns (p, t, s, h, e), see codes.metal, in the order
+// (p, s, h, t, e) that a matrix unit takes them in, and its vectors of eight turned as `descriptor` says.
+template <bool PIECES>
+inline uint place_of(uint row, uint column, uint padded) {
+  if (!PIECES) {
+    return row * padded + column;
+  }
+  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 64 * (padded / 64) + column / 64) * 64 + row % 64;
+  return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
+}
+
 // Rotates block `group` of x (rows, width).
 //
 // PARTS 0: to out (rows, width). Otherwise to out (rows * PARTS, padded) of halves, zeros after `width`, scaled by
 // a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
-template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, typename T,
-          typename OUT>
+template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
+          typename T, typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
                    Device<float> scales, Shared<float> scratch, Shared<uint4> matrix, uint width, uint padded,
                    uint group, uint index) {
@@ -262,7 +274,8 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const flo
     for (int i = 0; i < Mine::EACH; i++) {
       float value = mine.value(matrix, b, i) * factor;
       if (Mine::owns(index)) {
-        write_parts<EACH_ROW, OUT>(out, row * EACH_ROW * padded + start + Mine::column(b, i, index), padded, value);
+        uint column = start + Mine::column(b, i, index), at = place_of<PIECES>(row * EACH_ROW, column, padded);
+        write_parts<EACH_ROW, OUT>(out, at, place_of<PIECES>(row * EACH_ROW + 1, column, padded) - at, value);
       }
     }
   }
@@ -271,7 +284,8 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const flo
       scales[row] = bits_float((254u - exponent) << 23);
     }
     for (uint i = index; i < (padded - width) * PARTS; i += THREADS) {
-      out[(row * PARTS + i / (padded - width)) * padded + width + i % (padded - width)] = static_cast<OUT>(0.0f);
+      uint part = i / (padded - width), column = width + i % (padded - width);
+      out[place_of<PIECES>(row * PARTS + part, column, padded)] = static_cast<OUT>(0.0f);
     }
   }
 }

@@ -6,6 +6,7 @@
 #define UNROLL
 #define THREADGROUP_ARRAY(type, name, size) emulator::Shared<type> name = emulator::shared_array<type>(size)
 #define THREADGROUP_HALVES(name, size) THREADGROUP_ARRAY(half, name, size)
+#define THREADGROUP_LARGE(type, name, size) emulator::Shared<type> name = emulator::large_array<type>(size)
 #define CONSTANT static constexpr
 #define thread
 #define threadgroup_position_in_grid emulator::group_position()
@@ -156,6 +157,66 @@ inline void multiply_eights(float& first, float& second, uint a, uint b, int lin
   for (uint k = 0; k < 8; k++) {
     first += low(left[row][k]) * low(right[k][column]);
     second += low(left[row][k]) * low(right[k][column + 1]);
+  }
+}
+
+// ---- Hopper's copies and products, done at once; waiting is a barrier, so that nothing is read before it is there
+
+// How many copies it was the arrival of.
+using Arrival = uint;
+
+inline void set_up(Shared<Arrival> arrival) {
+  arrival[0] = 0;
+}
+
+inline void expect(Shared<Arrival> arrival, uint) {
+  arrival[0] = arrival[0] + 1;
+}
+
+inline void copy(Shared<uint4> to, Device<const half> from, uint bytes, Shared<Arrival>) {
+  for (uint i = 0; i < bytes / 16; i++) {
+    to[i] = load4(from + 8 * i);
+  }
+}
+
+inline void wait_for(Shared<Arrival> arrival, uint turn, int line = __builtin_LINE()) {
+  emulator::barrier(line);
+  if (arrival[0] % 2 == turn) {
+    emulator::fail("a wait for a copy that nobody asked for (copies, turn)", arrival[0], turn);
+  }
+}
+
+inline void begin_products() {}
+
+inline void end_products() {}
+
+template <int LEFT>
+inline void wait_for_products() {}
+
+template <int COUNT>
+inline void settle(uint4 (&)[COUNT]) {}
+
+// NVIDIA's wgmma of one simdgroup's rows, with 128-byte swizzling.
+template <int VALUES>
+inline void warpgroup_multiply(float (&sums)[VALUES], uint4 a, Shared<uint4> tile, int step,
+                               int line = __builtin_LINE()) {
+  uint g = emulator::thread_index() % 32 / 4, t = emulator::thread_index() % 4;
+  for (uint piece = 0; piece < VALUES / 4; piece++) {
+    uint column = 8 * piece + g, vector = 2 * step;
+    uint4 first = tile[8 * column + (vector ^ (column % 8))], second = tile[8 * column + ((vector + 1) ^ (column % 8))];
+    uint one[4] = {first.x, first.y, first.z, first.w}, two[4] = {second.x, second.y, second.z, second.w};
+    float four[4] = {sums[4 * piece], sums[4 * piece + 1], sums[4 * piece + 2], sums[4 * piece + 3]};
+    matrix_multiply(four, a, one[t], two[t], line);
+    for (uint i = 0; i < 4; i++) {
+      sums[4 * piece + i] = four[i];
+    }
+  }
+}
+
+template <typename T>
+inline void copy_vector(Device<T> to, Shared<T> from) {
+  for (uint i = 0; i < 16 / sizeof(T); i++) {
+    to[i] = from[i];
   }
 }
 

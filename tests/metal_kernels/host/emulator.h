@@ -274,6 +274,18 @@ Shared<T> shared_array(std::size_t size) {
   return {current->blocks[which].get(), 0};
 }
 
+// An array of the memory that a launch on an NVIDIA GPU asks for, beyond Metal's limit.
+template <typename T>
+Shared<T> large_array(std::size_t size) {
+  Shared<T> array = shared_array<T>(0);
+  Block& block = *current->blocks[fiber().arrays - 1];
+  if (block.touches.empty()) {
+    block.bytes.assign(size * sizeof(T), char(0xff));
+    block.touches.resize(size);
+  }
+  return array;
+}
+
 // ---- the scheduler
 
 inline void enter() {

@@ -1,0 +1,77 @@
+"""Products of very many rows of activations with a weight in tiles, on the matrix units of NVIDIA's Hopper."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.launch import SIMD, Kernel
+
+MATMUL = Kernel(
+    name="turboquant_warpgroup_matmul",
+    sources=("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal", "warpgroup.metal"),
+    inputs=("x", "x_scales", "codes", "scales", "table"),
+    outputs=("out",),
+    body="""
+  THREADGROUP_LARGE(uint4, staged, 4 * 8 * COLUMNS);
+  THREADGROUP_LARGE(T, results, COLUMNS / PARTS * (64 * WARPGROUPS + 16 / sizeof(T)));
+  THREADGROUP_ARRAY(turboquant::Arrival, arrived, 4);
+  turboquant::warpgroup_matmul<BITS, GROUP, WARPGROUPS, COLUMNS, COUNT, PARTS, T>(
+      x, x_scales, codes, scales, table, out, staged, results, arrived, x_scales_shape[0], codes_shape[0],
+      codes_shape[1], 16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+      thread_index_in_threadgroup);
+""",
+    large_memory=70 * 1024,
+)
+FEW_ROWS = 64
+"""Up to these the kernel of single simdgroups is as fast."""
+WARPGROUP_TILES = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A threadgroup's share: warpgroups, 64 rows of the weight each, and rows of activations, 64 or 128.
+
+    planes: how many, 2 or 4, are decoded while as many are multiplied.
+    """
+
+    warpgroups: int
+    columns: int
+    planes: int
+
+
+SHAPE = Shape(2, 128, 2)
+
+
+@cache
+def there() -> bool:
+    """Whether MLX computes on a GPU of the Hopper kind, whose instructions are no other's."""
+    if not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
+        return False
+    return str(mx.device_info().get("architecture", "")).startswith("sm_90")
+
+
+def fits(n: int) -> bool:
+    """Whether products of n rows of activations are best made here, from activations in pieces."""
+    return n > FEW_ROWS and there()
+
+
+def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = SHAPE) -> mx.array:
+    """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
+    groups = (-(-weight.tiles // (WARPGROUP_TILES * shape.warpgroups)), -(-x.n * x.parts // shape.columns))
+    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table]
+    constants = {
+        "BITS": weight.bits,
+        "GROUP": weight.group,
+        "WARPGROUPS": shape.warpgroups,
+        "COLUMNS": shape.columns,
+        "COUNT": shape.planes,
+        "PARTS": x.parts,
+        "NVIDIA": True,
+        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "T": dtype,
+    }
+    threads = WARPGROUP_TILES * SIMD * shape.warpgroups
+    return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, constants)[0]

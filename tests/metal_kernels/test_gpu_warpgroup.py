@@ -1,0 +1,54 @@
+"""Hopper's kernel for very many rows, on an emulated GPU that reads threadgroup memory as its matrix units do."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from metal_kernels.gpu import hadamard, products, warpgroup
+from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.warpgroup import Shape
+from tests.metal_kernels.host.machine import EmulatorError
+from tests.metal_kernels.test_gpu_kernels import odd_case, on_machine
+
+CASES = [
+    # rows, width, rows of activations, bits, group, dtype, shape
+    (40, 384, 65, 3, 64, mx.float16, Shape(2, 128, 2)),
+    (100, 768, 130, 3, 32, mx.float16, Shape(2, 128, 4)),
+    (100, 512, 70, 2, 128, mx.bfloat16, Shape(1, 64, 4)),
+    (136, 256, 70, 4, 0, mx.float32, Shape(2, 128, 2)),
+    (33, 288, 40, 4, 32, mx.float32, Shape(1, 64, 2)),
+]
+
+
+def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
+    made = [odd_case(*case[:6]) for case in CASES]
+
+    def run() -> list[mx.array]:
+        ready = [hadamard.prepare(x, weight.signs, weight.block, in_pieces=True) for x, weight, _ in made]
+        return [
+            warpgroup.matmul(some, weight, x.dtype, case[6])
+            for case, some, (x, weight, _) in zip(CASES, ready, made, strict=True)
+        ]
+
+    for case, (x, _, right), y in zip(CASES, made, on_machine(tmp_path, run), strict=True):
+        off = mx.abs(y.astype(mx.float32) - right).max() / mx.abs(right).max()
+        assert y.shape == right.shape
+        assert off < (8e-3 if x.dtype == mx.bfloat16 else 1e-3), case
+
+
+def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warpgroup, "there", lambda: True)
+    x, weight, right = odd_case(40, 256, 65, 3, 64, mx.float16)
+    y = on_machine(tmp_path, lambda: [products.product(x, weight, "cuda")])[0]
+    assert mx.abs(y.astype(mx.float32) - right).max() < 1e-3 * mx.abs(right).max()
+    assert not warpgroup.fits(warpgroup.FEW_ROWS)
+
+
+def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
+    _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16)
+    ready = Activations(mx.zeros((hadamard.PIECE_ROWS, 512), mx.float16), mx.ones((65,)), 65, 1, in_pieces=True)
+    with pytest.raises(EmulatorError, match="nobody asked for"):
+        on_machine(
+            tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16)], ("unit + 3 < units", "unit + 4 < units")
+        )
