@@ -16,7 +16,8 @@ from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
 """Heads of keys, and queries of a row, up to which a launch takes more time than its arithmetic."""
-SIMDGROUPS = 4
+SIMDGROUPS, JOINING = 4, 16
+"""Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 16 * SIMDGROUPS
 THREADGROUPS = 264
 """Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
@@ -33,7 +34,7 @@ ATTEND = Kernel(
   constexpr int MOST_SIZE = KEY_SIZE > VALUE_SIZE ? KEY_SIZE : VALUE_SIZE;
   THREADGROUP_ARRAY(float, shared, ROWS * MOST_SIZE);
   using Halves = turboquant::Choose<NVIDIA, uint4, uint>::Type;
-  THREADGROUP_ARRAY(Halves, halves, ROWS * KEY_SIZE / (NVIDIA ? 8 : 2));
+  THREADGROUP_ARRAY(Halves, halves, NVIDIA ? ROWS * ((KEY_SIZE + 16) / 32) * 4 : ROWS * KEY_SIZE / 2);
   THREADGROUP_ARRAY(float, maxima, SIMDGROUPS * ROWS);
   THREADGROUP_ARRAY(float, totals, SIMDGROUPS * ROWS);
   THREADGROUP_ARRAY(float, factors, (SIMDGROUPS > 2 ? SIMDGROUPS : 2) * ROWS);
@@ -238,8 +239,9 @@ def _attend(
     of_keys, of_values = kind.keys, kind.values
     batch, heads, rows, _ = queries.shape
     kv_heads, room = key_codes.shape[1:3]
-    rows_at_once = 16 if kind.gpu == "cuda" else 4
-    tiles = -(-heads // kv_heads * rows // rows_at_once) * batch * kv_heads
+    rows_of_head = heads // kv_heads * rows
+    rows_at_once = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
+    tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     chunk, parts = _parts(room, tiles)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
@@ -257,13 +259,13 @@ def _attend(
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
     constants = {
-        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "SIMDGROUPS": SIMDGROUPS,
+        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "SIMDGROUPS": JOINING,
         "SINKS": sinks is not None, "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
     resting = constant(0.0) if sinks is None else _padded(sinks)
     inputs = [sums, stats, resting, of_values.signs, of_values.matrix]
     out = ((batch, heads, rows, of_values.size), queries.dtype)
-    return JOIN.launch(inputs, [out], (all_rows, 1), SIMD * SIMDGROUPS, constants)[0]
+    return JOIN.launch(inputs, [out], (all_rows, 1), SIMD * JOINING, constants)[0]
 
 
 def _parts(length: int, tiles: int) -> tuple[int, int]:

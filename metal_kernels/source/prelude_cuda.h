@@ -116,6 +116,13 @@ __device__ inline uint byte_permute(uint a, uint b, uint selector) {
   return bytes;
 }
 
+// The transpose of a matrix (8 x 8) of which a lane has two halves of a row.
+__device__ inline uint transpose(uint pair) {
+  uint turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
+
 // sums (16 x 8) += a (16 x 16) b (16 x 8), spread over a simdgroup as PTX's mma.m16n8k16 says.
 __device__ inline void matrix_multiply(float (&sums)[4], uint4 a, uint b0, uint b1) {
   asm(

@@ -21,6 +21,10 @@ using bfloat16_t = emulator::bfloat16;
 using std::rint;
 using std::sqrt;
 
+struct uint2 {
+  uint x, y;
+};
+
 struct uint4 {
   uint x, y, z, w;
 };
@@ -117,6 +121,13 @@ inline uint byte_permute(uint a, uint b, uint selector) {
     out |= (nibble & 8u ? (byte & 128u ? 255u : 0u) : byte) << (8 * i);
   }
   return out;
+}
+
+// NVIDIA's movmatrix: lane (g, t) has columns 2t and 2t + 1 of row g of the matrix and then of its transpose.
+inline uint transpose(uint pair, int line = __builtin_LINE()) {
+  const auto& all = emulator::exchange(pair, line);
+  uint g = emulator::thread_index() % 32 / 4, column = emulator::thread_index() % 4 * 2, by = 16 * (g % 2);
+  return ((all[4 * column + g / 2] >> by) & 0xffffu) | (((all[4 * (column + 1) + g / 2] >> by) & 0xffffu) << 16);
 }
 
 // NVIDIA's mma.m16n8k16: register r of a has rows g + 8 (r % 2) and columns 2t + 8 (r / 2) and the next one.
