@@ -17,6 +17,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROUND_SECONDS, MOST_CALLS, CHAIN = 4e-3, 400, 50
 
 
 def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 2) -> float:
@@ -35,24 +36,43 @@ def on_gpu() -> bool:
     return mx.default_device() != mx.Device(mx.cpu)
 
 
-def microseconds(run: Callable[[int], mx.array], calls: int = 20, repeats: int = 9) -> float:
+def microseconds(run: Callable[[int], mx.array], calls: int = 20, repeats: int = 7) -> float:
     """Median microseconds of one call of `run`, which gets the call's number, over `repeats` rounds of `calls`.
 
-    On a GPU a round is one graph, built before the clock starts: what counts is the GPU's time and that of launching.
-    On a CPU each call is evaluated by itself.
+    On a GPU a round is one graph, built before the clock starts, of as many calls as take ROUND_SECONDS or more, so
+    that launches go on while kernels run, as they do in a model: what counts is the GPU's time or that of launching,
+    whichever is longer. On a CPU each call is evaluated by itself.
     """
     if not on_gpu():
         at = iter(range(10**9))
         return 1e6 * median_seconds(lambda: mx.eval(run(next(at))), repeats=calls, warm_up=3)
-    rounds: list[float] = []
-    for _ in range(repeats + 2):
-        results = [run(i) for i in range(calls)]
-        mx.synchronize()
-        began = time.perf_counter()
-        mx.eval(results)
-        mx.synchronize()
-        rounds.append((time.perf_counter() - began) / calls)
-    return 1e6 * statistics.median(rounds[2:])
+    _round(run, calls)
+    calls = min(MOST_CALLS, max(calls, round(ROUND_SECONDS / _round(run, calls))))
+    return 1e6 * statistics.median(_round(run, calls) for _ in range(repeats))
+
+
+def _round(run: Callable[[int], mx.array], calls: int) -> float:
+    results = [run(i) for i in range(calls)]
+    mx.synchronize()
+    began = time.perf_counter()
+    mx.eval(results)
+    mx.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def microseconds_in_turn(step: Callable[[mx.array, int], mx.array], x: mx.array) -> float:
+    """Microseconds of `step`, which makes of x and a number what takes x's place, when each waits for the one before.
+
+    For a GPU, where calls that do not wait for each other run side by side.
+    """
+
+    def chain(_: int) -> mx.array:
+        y = x
+        for i in range(CHAIN):
+            y = step(y, i)
+        return y
+
+    return microseconds(chain, 4) / CHAIN
 
 
 def copies_of(nbytes: int) -> int:

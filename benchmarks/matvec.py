@@ -4,17 +4,23 @@
 
 Shapes are outputs x inputs. On a GPU activations are float16 and the product of activations rotated already has a row
 of its own; on a CPU, whose kernels rotate as they go, they are float32. `of_read` is the time over that of reading the
-packed bytes as fast as MLX copies an array.
+packed bytes as fast as MLX copies an array. `us_in_turn`, of one vector on a GPU: products that wait for each other, as
+a model's do, there and back (outputs x inputs, then inputs x outputs), the mean of the two.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import copies_of, copy_bandwidth, microseconds, on_gpu, report
+from benchmarks.harness import copies_of, copy_bandwidth, microseconds, microseconds_in_turn, on_gpu, report
 from metal_kernels.gpu import products
+from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.launch import constant
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
@@ -52,51 +58,97 @@ def float_weights(out: int, width: int, dtype: mx.Dtype) -> list[mx.array]:
     return made
 
 
+def tile_weights(out: int, width: int, bits: int) -> list[TileWeight]:
+    """`packed_weights` as a GPU's kernels take them."""
+    return [weight.tiles for weight in packed_weights(out, width, bits) if weight.tiles is not None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to multiply: weights of a shape (out, width), what their scales add to a value's bytes, the product of
+    activations with one of them, and what is made of the activations before.
+    """
+
+    name: str
+    weights: Callable[[int, int], list[Any]]
+    scale_bytes: float
+    product: Callable[[Any, Any], mx.array]
+    prepare: Callable[[mx.array, Any], Any] = lambda x, _: x
+
+    def microseconds(self, x: mx.array, out: int) -> float:
+        """Of products that do not wait for each other."""
+        weights = self.weights(out, x.shape[1])
+        ready = self.prepare(x, weights[0])
+        return microseconds(lambda i: self.product(ready, weights[i % len(weights)]))
+
+    def microseconds_in_turn(self, x: mx.array, out: int) -> float:
+        """Of products there and back, each with the result of the one before; of the two the mean."""
+        there, back = self.weights(out, x.shape[1]), self.weights(x.shape[1], out)
+
+        def step(y: mx.array, i: int) -> mx.array:
+            return self.product(self.product(y, there[i % len(there)]), back[i % len(back)])
+
+        return microseconds_in_turn(step, x) / 2
+
+
+def methods(bits: int, dtype: mx.Dtype) -> list[Method]:
+    """Float for its own bits, otherwise affine and TurboQuant, on a GPU with activations rotated before too."""
+    if bits == 8 * dtype.size:
+        return [Method("float", lambda out, width: float_weights(out, width, dtype), 0, lambda x, w: x @ w.T)]
+    made = [
+        Method("affine", lambda out, width: affine_weights(out, width, bits, dtype), 2 * dtype.size / GROUP,
+               lambda x, w: mx.quantized_matmul(x, *w, group_size=GROUP, bits=bits)),
+        Method("turboquant", lambda out, width: packed_weights(out, width, bits), 2 / GROUP, metal_kernels.matmul),
+    ]  # fmt: skip
+    if on_gpu():
+        made.append(Method("turboquant, rotated before", lambda out, width: tile_weights(out, width, bits), 2 / GROUP,
+                           rotated_product, prepared))  # fmt: skip
+    return made
+
+
+def prepared(x: mx.array, weight: TileWeight) -> Activations:
+    """Rotated activations in the order of the kernel that their number calls for."""
+    ready = products.prepare(x, weight)
+    mx.eval(ready.halves, ready.scales)
+    return ready
+
+
+def rotated_product(x: mx.array | Activations, weight: TileWeight) -> mx.array:
+    """The product of activations that are rotated: as `prepared` gives them, or one vector of halves as it is."""
+    gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
+    ready = Activations(x, constant(1.0), 1, 1) if isinstance(x, mx.array) else x
+    return products.times(ready, weight, gpu, mx.float16)
+
+
 def measure(out: int, width: int, rows: int, bits: list[int], read: float) -> list[dict[str, Any]]:
     """Rows of one shape and number of vectors; read: bytes a second of a plain read."""
     dtype = mx.float16 if on_gpu() else mx.float32
     x = mx.random.normal((rows, width), dtype)
     mx.eval(x)
-    floats = float_weights(out, width, dtype)
-    full = microseconds(lambda i, floats=floats: x @ floats[i % len(floats)].T)
-    del floats
-    mx.clear_cache()
-    of_read = 1e-6 * full * read / (out * width * dtype.size)
-    made = [{"shape": f"{out}x{width}", "rows": rows, "bits": 8 * dtype.size, "method": "float", "us": full,
-             "times_affine": None, "times_float": 1.0, "of_read": of_read,
-             "path": "mlx"}]  # fmt: skip
-    for b in bits:
-        made += _quantized(x, out, b, read, full)
+    made: list[dict[str, Any]] = []
+    for b in [8 * dtype.size, *bits]:
+        for method in methods(b, dtype):
+            made.append({"shape": f"{out}x{width}", "rows": rows, "bits": b, "method": method.name}
+                        | timed(method, x, out, b, read))  # fmt: skip
+    for row in made:
+        affine = [other for other in made if other["method"] == "affine" and other["bits"] == row["bits"]]
+        for column, base in (("times_affine", affine), ("times_float", made[:1])):
+            row[column] = base[0]["us"] / row["us"] if base else None
+        if "us_in_turn" in row and affine:
+            row["times_affine_in_turn"] = affine[0]["us_in_turn"] / row["us_in_turn"]
     return made
 
 
-def _quantized(x: mx.array, out: int, bits: int, read: float, full: float) -> list[dict[str, Any]]:
-    rows, width = x.shape
-    theirs = affine_weights(out, width, bits, x.dtype)
-    times = {"affine": microseconds(lambda i, theirs=theirs: mx.quantized_matmul(
-        x, *theirs[i % len(theirs)], group_size=GROUP, bits=bits))}  # fmt: skip
-    del theirs
-    mx.clear_cache()
-    ours = packed_weights(out, width, bits)
+def timed(method: Method, x: mx.array, out: int, bits: int, read: float) -> dict[str, Any]:
+    """Columns of one method's times; reading the weight's bytes would take them over `read`."""
     metal_kernels.reset_paths()
-    times["turboquant"] = microseconds(lambda i: metal_kernels.matmul(x, ours[i % len(ours)]))
-    path = metal_kernels.kernel_path()
-    tiles = [weight.tiles for weight in ours if weight.tiles is not None]
-    if tiles:
-        ready = products.prepare(x, tiles[0])
-        mx.eval(ready.halves, ready.scales)
-        gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
-        times["turboquant, rotated before"] = microseconds(
-            lambda i: products.times(ready, tiles[i % len(tiles)], gpu, x.dtype)
-        )
-    nbytes = {"affine": out * width * bits / 8 + 4 * out * width / GROUP}
-    return [
-        {"shape": f"{out}x{width}", "rows": rows, "bits": bits, "method": method, "us": us,
-         "times_affine": times["affine"] / us, "times_float": full / us,
-         "of_read": 1e-6 * us * read / nbytes.get(method, ours[0].nbytes),
-         "path": "mlx" if method == "affine" else path}
-        for method, us in times.items()
-    ]  # fmt: skip
+    columns: dict[str, Any] = {"us": method.microseconds(x, out)}
+    columns["of_read"] = 1e-6 * columns["us"] * read / (out * x.shape[1] * (bits / 8 + method.scale_bytes))
+    if on_gpu() and len(x) == 1:
+        mx.clear_cache()
+        columns["us_in_turn"] = method.microseconds_in_turn(x, out)
+    mx.clear_cache()
+    return columns | {"path": metal_kernels.kernel_path() if "turboquant" in method.name else "mlx"}
 
 
 def run(name: str, description: str | None, shapes: list[str], rows: list[int], bits: list[int]) -> None:
