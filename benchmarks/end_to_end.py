@@ -24,6 +24,8 @@ import metal_kernels
 from benchmarks.harness import SHARED, report
 from quant_engine import CacheConfig, QuantConfig, convert, load
 from quant_engine.generate import continue_prompt, make_cache, rate, read_prompt
+from quant_engine.safetensors_file import TensorSpec, assign_shards, index_json
+from quant_engine.source import INDEX
 from tq_mcp import demo_model
 
 LARGE = {
@@ -40,15 +42,20 @@ VARIANTS = (
 )
 
 
-def write_random_llama(folder: Path, config: dict[str, Any]) -> None:
-    """A checkpoint with the shape of `config` and normal weights, in bfloat16, with a tokenizer of numbers."""
+def write_random_llama(folder: Path, config: dict[str, Any], file_bytes: int = 10**12) -> None:
+    """A checkpoint with the shape of `config` and normal weights, in bfloat16, with a tokenizer of numbers; in files of
+    at most `file_bytes`, with an index, as published ones are."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load_model(folder, lazy=True, strict=False)
     shapes = [(name, value.shape) for name, value in nn.utils.tree_flatten(model.parameters())]
     scale = 0.02
     weights = {n: (mx.random.normal(s) * scale if len(s) > 1 else mx.ones(s)).astype(mx.bfloat16) for n, s in shapes}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    files = assign_shards([[TensorSpec(name, "BF16", shape)] for name, shape in shapes], file_bytes)
+    for file, specs in files.items():
+        mx.save_safetensors(str(folder / file), {spec.name: weights.pop(spec.name) for spec in specs}, {"format": "pt"})
+    if len(files) > 1:
+        (folder / INDEX).write_text(index_json(files))
     vocabulary = {str(i): i for i in range(config["vocab_size"])}
     Tokenizer(models.WordLevel(vocabulary, unk_token="0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

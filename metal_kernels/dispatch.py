@@ -20,8 +20,8 @@ from metal_kernels.gpu.products import GPUS
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-_UNTRIED = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache"])
-_GPU = _UNTRIED | {"quantize", "decoder_layer"}
+_UNTRIED = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache", "quantize"])
+_GPU = _UNTRIED | {"decoder_layer"}
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": _GPU,
     "cuda": _GPU,

@@ -23,7 +23,7 @@ def quantize(
         raise ShapeError(f"an array of shape {x.shape} to quantize; it must be (rows, width)")
     words(x.shape[1], bits_of(codebook))
     groups(x.shape[1], group_size)
-    backend = kernel_backend("quantize")
+    backend = kernel_backend("quantize", gpu_fits=gpu.fits(codebook, x.shape[1], group_size))
     if backend == "cpu":
         packed, scales = quantize_rows(rows_float32(x), codebook, group_size, search)
         return mx.array(packed), mx.array(scales)

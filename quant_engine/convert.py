@@ -5,35 +5,45 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from quant_engine import blueprint
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
-from quant_engine.errors import OutputError, RecipeError
+from quant_engine.errors import CorruptCheckpointError, OutputError, RecipeError
 from quant_engine.folded_parameters import parameters_of
 from quant_engine.journal import Journal, OutputFile
 from quant_engine.manifest import Manifest
 from quant_engine.model_card import licence, model_card
 from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
+from quant_engine.pipeline import Threads, ahead
 from quant_engine.progress import Progress, silent
-from quant_engine.quantizer import CHUNK_VALUES, quantize_weight
+from quant_engine.quantizer import chunk_rows, quantize_weight
 from quant_engine.safetensors_file import (
     SafetensorsWriter,
     TensorSpec,
     index_json,
 )
 from quant_engine.shards import DOWNLOADS, Shards, most_fetched, read_order
-from quant_engine.source import INDEX, SMALL_FILES, Source, peek
+from quant_engine.source import INDEX, SMALL_FILES, Source, file_sha256, peek
 
 _MADE_HERE = ("config.json", "README.md", INDEX)
 LARGEST_SCALE = 65504
 """Of float16; a scale that would be larger is cut off there."""
+
+Raw = NDArray[np.uint8] | None
+Job = tuple[Callable[[], Raw], Callable[[Raw], None]]
+"""A piece of the source: what reads it, in any thread, and what makes of it what is written."""
 
 _MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
@@ -81,16 +91,19 @@ def convert(
     config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
     weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
-    stays within a few pieces of 2^20 weights, whatever the model's size; where the recipe says fold_rotation, one
-    layer's weight in float32 comes on top.
+    stays within a few pieces of 2^20 weights (2^23 on a GPU), whatever the model's size; where the recipe says
+    fold_rotation, one layer's weight in float32 comes on top. Other threads read, write and hash meanwhile; they have
+    ended when it returns or raises.
 
     A repository's weights are fetched file by file, when they are needed, at one commit, and dropped when they are
     not needed any more; with keep_source they go to Hugging Face's cache and stay. What is in that cache already is
     used and left.
 
     The folder appears when it is whole; an exception, from `progress` too, leaves nothing. What a killed process
-    left beside it is continued, from the last shard that was finished, by the same conversion of the same content,
-    and removed by another one; so is what a lost network or a full disk stopped, of a repository. Raises a
+    left beside it is continued, from the last shard that was finished, by the same conversion of the same commit or
+    of files that nothing has changed since (see `Source.identity`), and removed by another one; so is what a lost
+    network or a full disk stopped, of a repository. Raises CorruptCheckpointError where a file of the source changes
+    meanwhile, and otherwise a
     TurboQuantError that says what is wrong with source, recipe or output.
     """
     started = time.perf_counter()
@@ -110,23 +123,27 @@ def convert(
     )
     extra = extra_files(origin)
     check_target(target, overwrite)
-    if origin.repo is None:
-        progress(0, sum(parameter.nbytes for parameter in found.values()), "reading the source for its hash")
-    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, origin.origin(), found.stream_block)
+    identity = origin.identity()
+    manifest = Manifest.of(recipe, drawn.modules, drawn.excluded, {}, found.stream_block)
     size = drawn.size_bytes + sum(file.stat().st_size for file in extra)
     if not keep_source:
         size += most_fetched(found, read_order(found, drawn.shards), origin.missing)
-    key, remote = _key(manifest, drawn), origin.repository is not None
-    with atomic_folder(target, size_bytes=size, overwrite=overwrite, key=key, keep=remote) as folder:
+    key, remote = _key(identity, manifest, drawn), origin.repository is not None
+    with (
+        atomic_folder(target, size_bytes=size, overwrite=overwrite, key=key, keep=remote) as folder,
+        Threads() as threads,
+    ):
+        hashing = [threads.files.submit(file_sha256, file, threads.stopped) for file in origin.content_files]
         journal = Journal(folder, spare=DOWNLOADS)
         meter = Meter(progress, sum(parameter.nbytes for parameter in found.values()))
-        _Weights(origin, found, drawn, recipe, meter).write(folder, journal, keep_source)
+        _Weights(origin, found, drawn, recipe, meter, threads).write(folder, journal, keep_source)
+        manifest = replace(manifest, source=_hashed(origin, identity, hashing, meter))
         _write_rest(folder, target.name, origin, drawn, manifest, dtype, extra)
         files = journal.close()
     weights = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
     return ConversionResult(
         path=target,
-        source=origin.origin(),
+        source=dict(manifest.source),
         config=recipe,
         bits_per_weight=drawn.bits_per_weight,
         size_bytes=weights,
@@ -169,14 +186,23 @@ class Meter:
         self._progress(self._done, self._total, what)
 
 
-def _key(manifest: Manifest, drawn: Blueprint) -> str:
-    """A hash of all that the bytes of the shards depend on, but not of the name of a folder that was hashed itself."""
-    source = dict(manifest.source)
-    if source["content_sha256"]:
-        del source["name"]
+def _key(identity: dict[str, Any], manifest: Manifest, drawn: Blueprint) -> str:
+    """A hash of all that the bytes of the shards depend on, but not of the place of a folder."""
     shards = {file: [astuple(spec) for spec in specs] for file, specs in drawn.shards.items()}
-    made = [manifest.to_dict() | {"source": source}, shards, str(mx.default_device())]
+    made = [identity, manifest.to_dict(), shards, str(mx.default_device())]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hashed(
+    origin: Source, identity: dict[str, Any], hashing: Sequence[Future[str]], meter: Meter
+) -> dict[str, str | None]:
+    """`Source.origin` when the hashes have come. Raises CorruptCheckpointError where files have changed meanwhile."""
+    while wait(hashing, timeout=0.5).not_done:
+        meter.say("reading the source for its hash")
+    content = origin.content_hash(file.result() for file in hashing)
+    if origin.identity() != identity:
+        raise CorruptCheckpointError(f"files of {origin.path} changed while they were converted; run it again")
+    return {"name": origin.repo or origin.name, "revision": origin.revision, "content_sha256": content}
 
 
 @dataclass(frozen=True)
@@ -188,9 +214,10 @@ class _Weights:
     drawn: Blueprint
     recipe: QuantConfig
     meter: Meter
+    threads: Threads
 
     def write(self, folder: Path, journal: Journal, keep_source: bool) -> None:
-        """Write the shards that are not finished yet."""
+        """Write the shards that are not finished yet; each is finished while the next one is made."""
         shards, found = self.drawn.shards, self.found
         left = {file: specs for file, specs in shards.items() if file not in journal.finished}
         order = read_order(found, left)
@@ -199,56 +226,73 @@ class _Weights:
             finished = len(shards) - len(left)
             self.meter.add(before, f"continuing: {finished} of {len(shards)} shards were finished before")
         origin = Shards(self.source, found, order, folder / DOWNLOADS, keep=keep_source, say=self.meter.say)
+        pool = self.threads.pieces
+        finishing = pool.submit(bool)
         for file, specs in left.items():
-            with SafetensorsWriter(folder / file, specs) as writer:
-                for name in read_order(found, {file: specs}):
-                    with origin.reading(name):
-                        self._write_parameter(writer, name)
-            journal.add(file)
+            with SafetensorsWriter(folder / file, specs, pool) as writer:
+                for raw, write in ahead(self._jobs(writer, origin, read_order(found, {file: specs})), pool):
+                    write(raw)
+            finishing.result()
+            finishing = pool.submit(journal.add, file)
+        finishing.result()
         origin.close()
         if len(shards) > 1:
             (folder / INDEX).write_text(index_json(shards))
         self.meter.say("weights written")
 
-    def _write_parameter(self, writer: SafetensorsWriter, name: str) -> None:
-        if name in self.drawn.kept:
-            self._copy(writer, self.drawn.kept[name])
-        else:
-            self._quantize(writer, name.removesuffix(".weight"))
+    def _jobs(self, writer: SafetensorsWriter, origin: Shards, names: Iterable[str]) -> Iterator[Job | None]:
+        """The pieces of parameters, held up where a file is fetched or dropped."""
+        for name in names:
+            steady = origin.steady(name)
+            if not steady:
+                yield None
+            with origin.reading(name):
+                yield from self._pieces(writer, name)
+                if not steady:
+                    yield None
 
-    def _quantize(self, writer: SafetensorsWriter, path: str) -> None:
-        weight, entry = self.found[f"{path}.weight"], self.drawn.modules[path]
-        recipe = replace(self.recipe, group_size=entry.group_size)
-        out, width = weight.matrix
-        step = max(1, CHUNK_VALUES // width)
-        for first in range(0, out, step):
-            last = min(first + step, out)
-            rows = self.found.rows(weight.name, first, last)
-            part = quantize_weight(rows, recipe, entry.bits, entry.block)
-            _check_scales(part.scales, rows, path)
-            writer.write(f"{path}.weight", part.packed)
-            writer.write(f"{path}.scales", part.scales)
-            if part.residual is not None:
-                writer.write(f"{path}.qjl_signs", part.residual.signs)
-                writer.write(f"{path}.qjl_norms", part.residual.norms)
-            self.meter.add(weight.nbytes * last // out - weight.nbytes * first // out, path)
-
-    def _copy(self, writer: SafetensorsWriter, spec: TensorSpec) -> None:
-        parameter = self.found[spec.name]
-        if parameter.stored and spec.dtype == parameter.stored.dtype:
-            for piece in self.found.pieces(spec.name):
-                writer.write(spec.name, piece)
-                self.meter.add(piece.nbytes, spec.name)
+    def _pieces(self, writer: SafetensorsWriter, name: str) -> Iterator[Job]:
+        parameter, spec = self.found[name], self.drawn.kept.get(name)
+        if spec and parameter.stored and spec.dtype == parameter.stored.dtype:
+            for read in self.found.pieces(name):
+                yield read, partial(self._copy, writer, name)
             return
+        write = partial(self._cast, writer, spec) if spec else partial(self._quantize, writer, name)
         count, width = parameter.matrix
-        step = max(1, CHUNK_VALUES // max(1, width))
+        step = chunk_rows(width)
         for first in range(0, count, step):
             last = min(first + step, count)
-            writer.write(spec.name, cast_piece(self.found.rows(spec.name, first, last), spec))
-            self.meter.add(parameter.nbytes * last // count - parameter.nbytes * first // count, spec.name)
+            yield partial(self.found.raw_rows, name, first, last), partial(write, first, last)
+
+    def _quantize(self, writer: SafetensorsWriter, name: str, first: int, last: int, raw: Raw) -> None:
+        path = name.removesuffix(".weight")
+        entry = self.drawn.modules[path]
+        rows = self.found.rows(name, first, last, raw)
+        part = quantize_weight(rows, replace(self.recipe, group_size=entry.group_size), entry.bits, entry.block)
+        scales = np.array(part.scales, np.float16)
+        _check_scales(scales, rows, path)
+        writer.write(name, part.packed)
+        writer.write(f"{path}.scales", scales)
+        if part.residual is not None:
+            writer.write(f"{path}.qjl_signs", part.residual.signs)
+            writer.write(f"{path}.qjl_norms", part.residual.norms)
+        self._count(name, first, last, path)
+
+    def _cast(self, writer: SafetensorsWriter, spec: TensorSpec, first: int, last: int, raw: Raw) -> None:
+        writer.write(spec.name, cast_piece(self.found.rows(spec.name, first, last, raw), spec))
+        self._count(spec.name, first, last, spec.name)
+
+    def _copy(self, writer: SafetensorsWriter, name: str, raw: Raw) -> None:
+        assert raw is not None
+        writer.write(name, raw)
+        self.meter.add(raw.nbytes, name)
+
+    def _count(self, name: str, first: int, last: int, what: str) -> None:
+        rows, nbytes = self.found[name].matrix[0], self.found[name].nbytes
+        self.meter.add(nbytes * last // rows - nbytes * first // rows, what)
 
 
-def _check_scales(scales: mx.array, rows: mx.array, path: str) -> None:
+def _check_scales(scales: NDArray[np.float16], rows: mx.array, path: str) -> None:
     """Raise RecipeError where weights are too large for their scales."""
     if scales.max() >= LARGEST_SCALE:
         raise RecipeError(

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from quant_engine.config import QuantConfig
 from quant_engine.folding import Folding
@@ -40,9 +42,11 @@ class FoldedParameters(Parameters):
         """As of `Parameters`, writers' weights in float32 included."""
         return max(super().working_bytes, *(4 * math.prod(self[name].shape) for name in self._folding.outputs))
 
-    def rows(self, name: str, first: int, last: int) -> mx.array:
+    def rows(self, name: str, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
         """As of `Parameters`, float32 for what is rotated."""
         stored = super().rows
+        if raw is not None:
+            return stored(name, first, last, raw)
         norm = self._folding.norms.get(name)
 
         def scaled(first: int, last: int) -> mx.array:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from quant_engine.output_folder import sync
 from quant_engine.source import file_sha256
 
 JOURNAL = ".finished"
@@ -46,18 +48,17 @@ class Journal:
                 path.unlink()
 
     def add(self, name: str) -> None:
-        """Note a file that is written and on the disk. It is read for its hash, here and not again."""
-        self.finished[name] = OutputFile.of(self._folder, name)
+        """Flush a file that is written to the disk and note it. It is read for its hash, here and not again."""
+        with ThreadPoolExecutor(1) as beside:
+            flushing = beside.submit(sync, self._folder / name)
+            self.finished[name] = OutputFile.of(self._folder, name)
+            flushing.result()
         with open(self._path, "a", encoding="utf-8") as file:
             # A line that a power cut left unfinished ends where this one begins.
             file.write("\n" + json.dumps(self.finished[name]._asdict()) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self._folder)
 
     def close(self) -> list[OutputFile]:
         """Remove the journal and tell of every file in the folder, sorted; those that it noted are not read again."""

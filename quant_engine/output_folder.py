@@ -61,11 +61,16 @@ def atomic_folder(
 def sync_files(folder: Path) -> None:
     """Flush every file under a folder, and the folder, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -181,10 +186,6 @@ def _take_place(folder: Path, output: Path, overwrite: bool) -> None:
         aside = output.parent / folder.name.replace(_prefix(output, _PARTIAL), _prefix(output, _REPLACED))
         output.rename(aside)
     folder.rename(output)
-    sync = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(sync)
-    finally:
-        os.close(sync)
+    sync(output.parent)
     if aside is not None:
         shutil.rmtree(aside)

@@ -7,8 +7,9 @@ it hands through untouched is read from its file piece by piece, what it makes i
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.lineage import lineage
 from quant_engine.manifest import METHOD
-from quant_engine.safetensors_file import FLOATS, SIZES, TensorInfo, check_finite
+from quant_engine.safetensors_file import FLOATS, SIZES, TensorInfo
 
 _DTYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
@@ -182,24 +183,32 @@ class Parameters(Mapping[str, Parameter]):
         self._waiting: dict[str, mx.array] = {}
         self._current: tuple[str, list[mx.array]] = ("", [])
 
-    def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of a parameter that is `stored`, as they are there, in pieces of at most 16 MB.
+    def pieces(self, name: str) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+        """What reads the bytes of a parameter that is `stored`, as they are there, at most 4 MB each, in any thread.
 
-        Raises CorruptCheckpointError for NaN or infinite values.
+        They raise CorruptCheckpointError for NaN or infinite values.
         """
         info = self._at_hand(self._parameters[name])
-        for piece in info.chunks():
-            check_finite(piece, info)
-            yield piece
+        return (partial(info.chunk, start) for start in info.chunk_starts)
 
-    def rows(self, name: str, first: int, last: int) -> mx.array:
+    def raw_rows(self, name: str, first: int, last: int) -> NDArray[np.uint8] | None:
+        """What `rows` can be given to make its values from, read now, in any thread; None where it is computed.
+
+        Raises as `rows` does.
+        """
+        parameter = self[name]
+        in_file = parameter.stored and parameter.packing is None
+        return self._at_hand(parameter).raw_rows(first, last) if in_file else None
+
+    def rows(self, name: str, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
         """Rows [first, last) of a parameter as a matrix (see `Parameter.matrix`), float, dequantized.
 
-        Raises CorruptCheckpointError for NaN or infinite values, UnsupportedModelError for dtypes that are no weights.
+        raw: `raw_rows` of the same rows, where they were read before. Raises CorruptCheckpointError for NaN or infinite
+        values, UnsupportedModelError for dtypes that are no weights.
         """
         parameter = self._parameters[name]
         if parameter.stored and parameter.packing is None:
-            return self._at_hand(parameter).rows(first, last)
+            return self._at_hand(parameter).rows(first, last, raw)
         arrays = [array[first:last] for array in self._arrays(parameter)]
         if parameter.packing is None:
             values = arrays[0]

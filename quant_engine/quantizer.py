@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metal_kernels import dequantize, quantize, rotate, unrotate
+from metal_kernels import dequantize, device, quantize, rotate, unrotate
 from quant_engine import rotation
 from quant_engine.codebook import lloyd_max
 from quant_engine.config import GROUP_SIZES, QuantConfig
@@ -14,6 +14,9 @@ from quant_engine.residual import Residual, project
 
 CHUNK_VALUES = 2**20
 """Weights quantized at a time, which bounds the memory that takes."""
+
+GPU_CHUNK_VALUES = 2**23
+"""The same on a GPU, where fewer would not outlast their launches."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,13 @@ def dequantize_weight(weight: QuantizedWeight) -> mx.array:
     return values if weight.residual is None else values + weight.residual.dequantize()
 
 
+def chunk_rows(width: int) -> int:
+    """Rows of a matrix that are quantized at a time."""
+    return max(1, (CHUNK_VALUES if device() == "cpu" else GPU_CHUNK_VALUES) // max(1, width))
+
+
 def _chunks(weight: mx.array) -> Iterator[mx.array]:
-    rows = max(1, CHUNK_VALUES // weight.shape[1])
+    rows = chunk_rows(weight.shape[1])
     return (weight[first : first + rows] for first in range(0, weight.shape[0], rows))
 
 

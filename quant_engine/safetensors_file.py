@@ -7,7 +7,9 @@ and the tensors' bytes, which fill the rest of the file without gaps.
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +31,9 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 """Float dtypes that weights may have, as NumPy holds them: bfloat16 as the uint16 of its bits."""
 
 MAX_HEADER_BYTES = 100_000_000
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**22
+UNWRITTEN = 4
+"""Pieces of a file that wait to be written, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,17 @@ class TensorInfo:
         """Bytes of the tensor."""
         return self.end - self.start
 
-    def rows(self, first: int, last: int) -> mx.array:
-        """Rows [first, last) of a float tensor as a matrix, all axes but the last as one, read now.
+    def rows(self, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
+        """Rows [first, last) of a float tensor as a matrix, all axes but the last as one, from `raw` or read now.
+
+        Raises as `raw_rows` does.
+        """
+        if raw is None:
+            raw = self.raw_rows(first, last)
+        return decode(raw, self.dtype).reshape(last - first, self.shape[-1])
+
+    def raw_rows(self, first: int, last: int) -> NDArray[np.uint8]:
+        """The bytes of rows [first, last) of a float tensor, read now, in any thread.
 
         Raises UnsupportedModelError for dtypes that are not F32, F16 or BF16, CorruptCheckpointError for NaN
         or infinite values and where the file ends early.
@@ -61,7 +74,7 @@ class TensorInfo:
             )
         raw = self._read_rows(first, last)
         check_finite(raw, self)
-        return decode(raw, self.dtype).reshape(last - first, self.shape[-1])
+        return raw
 
     def words(self, first: int, last: int) -> mx.array:
         """As `rows`, for a U32 tensor: packed codes or signs."""
@@ -72,9 +85,22 @@ class TensorInfo:
         return self._read(self.start + first * row, (last - first) * row)
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
-        """The tensor's bytes in pieces of at most 16 MB."""
-        for start in range(self.start, self.end, CHUNK_BYTES):
-            yield self._read(start, min(CHUNK_BYTES, self.end - start))
+        """The tensor's bytes in pieces of at most 4 MB, checked as `chunk` does."""
+        return map(self.chunk, self.chunk_starts)
+
+    @property
+    def chunk_starts(self) -> range:
+        """Where in the file each of `chunks` begins."""
+        return range(self.start, self.end, CHUNK_BYTES)
+
+    def chunk(self, start: int) -> NDArray[np.uint8]:
+        """The piece that begins at `start`, read now, in any thread.
+
+        Raises CorruptCheckpointError for NaN or infinite values and where the file ends early.
+        """
+        raw = self._read(start, min(CHUNK_BYTES, self.end - start))
+        check_finite(raw, self)
+        return raw
 
     def _read(self, start: int, size: int) -> NDArray[np.uint8]:
         buffer = np.empty(size, np.uint8)
@@ -229,34 +255,49 @@ def file_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 
 class SafetensorsWriter:
-    """Writes one file of tensors that are all announced first; their bytes come in any order, in pieces."""
+    """Writes one file of tensors that are all announced first; their bytes come in any order, in pieces.
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
+    With a `pool`, its threads write while the next pieces come. An error of theirs is raised by a later call, or when
+    the block ends.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], pool: Executor | None = None) -> None:
         header, self._positions = header_bytes(tensors)
         self._left = {spec.name: spec.nbytes for spec in tensors}
         self._name = path.name
+        self._pool = pool
+        self._unwritten: deque[Future[None]] = deque()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115
-        self._write(header, 0)
+        self._put(header, 0)
 
     def write(self, name: str, piece: NDArray[Any] | mx.array) -> None:
         """Append bytes to a tensor. Raises ValueError where it was announced smaller, or not at all."""
         if isinstance(piece, mx.array) and piece.dtype == mx.bfloat16:
             piece = piece.view(mx.uint16)  # NumPy has no bfloat16
-        array: NDArray[Any] = np.asarray(piece)
+        # MLX's memory is not to be let go of in another thread.
+        array: NDArray[Any] = np.array(piece, copy=True if self._pool and isinstance(piece, mx.array) else None)
         raw: NDArray[np.uint8] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if raw.nbytes > self._left.get(name, 0):
             raise ValueError(
                 f"{raw.nbytes} bytes for tensor {name} of {self._name}, which has room for {self._left.get(name, 0)}"
             )
-        self._write(raw.data, self._positions[name])
+        self._put(raw.data, self._positions[name])
         self._positions[name] += raw.nbytes
         self._left[name] -= raw.nbytes
 
+    def _put(self, data: bytes | memoryview, position: int) -> None:
+        if self._pool is None:
+            self._write(data, position)
+            return
+        self._unwritten.append(self._pool.submit(self._write, data, position))
+        while len(self._unwritten) > UNWRITTEN:
+            self._unwritten.popleft().result()
+
     def _write(self, data: bytes | memoryview, position: int) -> None:
-        self._file.seek(position)
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view) :]
+            count = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[count:], position + count
 
     def __enter__(self) -> Self:
         return self
@@ -264,12 +305,16 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Flush to the disk; raises ValueError where announced tensors were not written whole."""
+        """Write what is left; raises ValueError where announced tensors were not written whole."""
         with self._file:
+            wait(self._unwritten)
+            if kind is not None:
+                return
+            for written in self._unwritten:
+                written.result()
             unfinished = [name for name, left in self._left.items() if left]
-            if kind is None and unfinished:
+            if unfinished:
                 raise ValueError(f"tensors {', '.join(unfinished)} of {self._name} were not written whole")
-            os.fsync(self._file.fileno())
 
 
 def assign_shards(groups: Sequence[Sequence[TensorSpec]], max_bytes: int) -> dict[str, list[TensorSpec]]:

@@ -43,6 +43,11 @@ class Shards:
             if path.is_file() and (path.suffix == ".incomplete" or (path.parent == folder and path.name not in needed)):
                 path.unlink()
 
+    def steady(self, name: str) -> bool:
+        """Whether files are neither fetched nor dropped where the parameter `name` is read."""
+        here = self._found[name].files <= self._here.keys()
+        return here and not any(self._last[path] == name for path in self._dropping)
+
     @contextmanager
     def reading(self, name: str) -> Generator[None]:
         """The files of the parameter `name` are here while the block runs, and dropped after it if they may be.

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import huggingface_hub
@@ -92,25 +94,56 @@ class Source:
         stated = read_json(settings).get("eos_token_id") if settings.is_file() else None
         return self.config.get("eos_token_id") if stated is None else stated
 
+    @property
+    def content_files(self) -> list[Path]:
+        """A local model's config.json and weights; none where a commit names them."""
+        return [] if self.repo is not None else sorted({self.path / "config.json", *self.shards})
+
     @cached_property
     def content_sha256(self) -> str | None:
-        """A hash of a local model's config.json and weights (names and contents); None where a commit names them."""
-        if self.repo is not None:
+        """A hash of `content_files`, names and contents; None where there are none."""
+        return self.content_hash(map(file_sha256, self.content_files))
+
+    def content_hash(self, hashes: Iterable[str]) -> str | None:
+        """`content_sha256` from the hash of each of `content_files`."""
+        if not self.content_files:
             return None
         total = hashlib.sha256()
-        for file in sorted({self.path / "config.json", *self.shards}):
-            total.update(f"{file.name} {file_sha256(file)}\n".encode())
+        for file, sha256 in zip(self.content_files, hashes, strict=True):
+            total.update(f"{file.name} {sha256}\n".encode())
         return total.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What stands for the content without reading it: the commit, or for each of `content_files` its size and
+        the times of its last change, beside what the headers say.
+
+        Whatever writes to a file or sets its time back changes st_ctime, which nothing sets back; moving its folder
+        does not.
+        """
+        files = {file.name: file.stat() for file in self.content_files}
+        tensors = [(t.path.name, t.name, t.dtype, t.shape, t.start) for t in self.tensors.values()]
+        return {
+            "repo": self.repo,
+            "revision": self.revision,
+            "files": {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in files.items()},
+            "config": self.config,
+            "tensors": sorted(tensors),
+        }
 
     def origin(self) -> dict[str, str | None]:
         """Name, commit and content hash, as a manifest records them."""
         return {"name": self.repo or self.name, "revision": self.revision, "content_sha256": self.content_sha256}
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, stopped: Event | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises CancelledError where `stopped` is set meanwhile."""
+    total, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stopped is not None and stopped.is_set():
+                raise CancelledError
+            total.update(buffer[:count])
+    return total.hexdigest()
 
 
 def resolve(ref: str | Path, *, revision: str | None = None, progress: Progress = silent) -> Source:

@@ -7,7 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels import reference
-from metal_kernels.gpu import attention, experts, products, tiles
+from metal_kernels.gpu import attention, experts, products, quantize, tiles
 from metal_kernels.gpu.products import Gpu
 
 TOLERANCE = 0.02
@@ -83,8 +83,18 @@ def _packing(gpu: Gpu) -> tuple[mx.array, mx.array]:
     x = _activations(1, 2, 3)
     rotated = reference.rotate(x.astype(mx.float32), _signs(), WIDTH)
     packed = (attention.pack(x, _head()), reference.pack_cache(rotated, _CODEBOOK, GROUP))
-    ours, right = (reference.dequantize(codes, scales, _CODEBOOK) for codes, scales in packed)
-    # A value between two codes may go to either.
+    return _all_but_few(*(reference.dequantize(codes, scales, _CODEBOOK) for codes, scales in packed))
+
+
+def _quantizing(_: Gpu) -> tuple[mx.array, mx.array]:
+    x = mx.random.normal((ROWS, WIDTH), key=mx.random.key(3))
+    coded = (run(x, _CODEBOOK, GROUP, True) for run in (quantize.quantize, reference.quantize))
+    return _all_but_few(*(reference.dequantize(codes, scales, _CODEBOOK) for codes, scales in coded))
+
+
+def _all_but_few(ours: mx.array, right: mx.array) -> tuple[mx.array, mx.array]:
+    """How far values are apart, on top of one, and one; without the tenth of them that is: between two codes, a value
+    may go to either."""
     return mx.sort(mx.abs(ours - right), axis=None)[: ours.size * 9 // 10] + 1, mx.ones((ours.size * 9 // 10,))
 
 
@@ -103,5 +113,6 @@ _CASES: Mapping[str, Callable[[Gpu], tuple[mx.array, mx.array]]] = {
     "feed_forward": _gated,
     "expert_matmul": _experts,
     "pack_cache": _packing,
+    "quantize": _quantizing,
     "packed_attention": _attention,
 }

@@ -1,48 +1,51 @@
-"""Quantization on a GPU: the reference operations, with the steps that repeat fused by MLX."""
+"""Quantization on a GPU: one launch for scales, codes and packing."""
 
-from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
-from metal_kernels import reference
-from metal_kernels.layout import bits_of, groups, pack
+from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.layout import bits_of, groups, words
+from metal_kernels.reference import SEARCH_FACTORS
 
-Step = Callable[..., tuple[mx.array, mx.array]]
+MOST_BITS = 4
+SIMDGROUPS = 8
+"""Groups of values that a threadgroup quantizes, each by itself."""
+
+QUANTIZE = Kernel(
+    name="turboquant_quantize",
+    sources=("lanes.metal", "quantize.metal"),
+    inputs=("x", "codebook", "factors"),
+    outputs=("codes", "scales"),
+    body="""
+  uint group = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
+  if (group < uint(x_shape[0])) {
+    turboquant::quantize_group<BITS, FACTORS>(
+        x, codebook, factors, codes, scales, uint(x_shape[1]), group, thread_index_in_simdgroup);
+  }
+""",
+)
+
+
+def fits(codebook: tuple[float, ...], width: int, group_size: int) -> bool:
+    """Whether the kernel takes such codes and groups."""
+    return bits_of(codebook) <= MOST_BITS and (group_size or width) % SIMD == 0
 
 
 def quantize(x: mx.array, codebook: tuple[float, ...], group_size: int, search: bool) -> tuple[mx.array, mx.array]:
     """As `reference.quantize`, to rounding."""
-    rows, width = x.shape
-    grouped = x.astype(mx.float32).reshape(rows, groups(width, group_size), -1)
-    rms = mx.sqrt(mx.square(grouped).mean(-1, keepdims=True))
-    scales = mx.minimum(_search(grouped, rms, codebook) if search else rms, 65504.0).astype(mx.float16)
-    codes = _nearest(codebook)(grouped, scales).reshape(rows, width)
-    return pack(codes, bits_of(codebook)), scales.reshape(rows, -1)
-
-
-def _search(x: mx.array, rms: mx.array, codebook: tuple[float, ...]) -> mx.array:
-    step, (best, most) = _step(codebook), (rms, mx.full(rms.shape, -1.0))
-    for factor in reference.SEARCH_FACTORS:
-        best, most = step(x, rms, mx.array(factor), best, most)
-    return mx.maximum(step(x, best, mx.array(1.0), best, mx.full(rms.shape, -1.0))[0], 0.0)
+    (rows, width), bits = x.shape, bits_of(codebook)
+    count = rows * groups(width, group_size)
+    grouped = x.astype(mx.float32).reshape(count, group_size or width)
+    constants = {"BITS": bits, "FACTORS": len(SEARCH_FACTORS) if search else 0, "SIMDGROUPS": SIMDGROUPS}
+    outputs = [((rows, words(width, bits)), mx.uint32), ((rows, count // rows), mx.float16)]
+    inputs = [grouped, _table(codebook), _table(SEARCH_FACTORS)]
+    codes, scales = QUANTIZE.launch(inputs, outputs, (-(-count // SIMDGROUPS), 1), SIMD * SIMDGROUPS, constants)
+    return codes, scales
 
 
 @cache
-def _step(codebook: tuple[float, ...]) -> Step:
-    """One candidate against the best so far; compiled once for all candidates."""
-
-    def run(x: mx.array, rms: mx.array, factor: mx.array, best: mx.array, most: mx.array) -> tuple[mx.array, mx.array]:
-        candidate, gain = reference.fit(x, rms * factor, codebook)
-        return mx.where(gain > most, candidate, best), mx.maximum(gain, most)
-
-    return mx.compile(run)
-
-
-@cache
-def _nearest(codebook: tuple[float, ...]) -> Callable[[mx.array, mx.array], mx.array]:
-    def run(x: mx.array, scales: mx.array) -> mx.array:
-        divisor = scales.astype(mx.float32)
-        return reference.nearest(x / mx.where(divisor > 0, divisor, 1.0), codebook)
-
-    return mx.compile(run)
+def _table(numbers: tuple[float, ...]) -> mx.array:
+    """The numbers, repeated until they are long enough for Metal to put them where the other arrays are."""
+    return mx.array(np.resize(np.array(numbers, np.float32), max(8, len(numbers))))

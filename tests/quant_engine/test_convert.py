@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,48 @@ def test_an_exception_in_progress_stops_the_work_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(Stop):
         convert(tmp_path / "in", tmp_path / "out", progress=stop)
     assert _listing(tmp_path) == ["in"]
+
+
+def test_a_source_that_changes_while_it_is_converted_is_refused(tmp_path: Path) -> None:
+    def touch(done: int, total: int, message: str) -> None:
+        if message == UP:
+            os.utime(tmp_path / "in" / "model.safetensors")
+
+    write_model(tmp_path / "in")
+    with pytest.raises(CorruptCheckpointError, match=r"changed while they were converted; run it again$"):
+        convert(tmp_path / "in", tmp_path / "out", progress=touch)
+    assert _listing(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("failing", ["pwrite", "fsync"])
+def test_an_error_of_a_thread_that_writes_or_finishes_comes_out_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    count = threading.active_count()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    write_model(tmp_path / "in")
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OutputError, match="the disk is full; nothing was left there"):
+        convert(tmp_path / "in", tmp_path / "out", max_shard_bytes=40_000)
+    assert _listing(tmp_path) == ["in"]
+    assert threading.active_count() == count
+
+
+def test_an_interrupt_leaves_neither_files_nor_threads(tmp_path: Path) -> None:
+    count = threading.active_count()
+
+    def interrupt(done: int, total: int, message: str) -> None:
+        if message == UP:
+            signal.raise_signal(signal.SIGINT)
+
+    write_model(tmp_path / "in")
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "in", tmp_path / "out", max_shard_bytes=40_000, progress=interrupt)
+    assert _listing(tmp_path) == ["in"]
+    assert threading.active_count() == count
 
 
 SLOW = """

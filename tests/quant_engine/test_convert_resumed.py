@@ -23,6 +23,7 @@ from tests.quant_engine.checkpoints import write_model
 LAB = Path(__file__).with_name("kill_lab.py")
 ROOT = LAB.parents[2]
 SHARD = 40_000
+CONTENT = ("config.json", "model.safetensors")
 
 PAUSING = """
 import sys, time
@@ -30,6 +31,7 @@ from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 def progress(done, total, message):
     if done > total / 2:
+        time.sleep(1)  # for what is finished meanwhile
         print("half", flush=True)
         time.sleep(60)
 recipe = QuantConfig(fold_rotation=sys.argv[4] == "True")
@@ -65,8 +67,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(killed: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(killed, tmp_path / "place"))
+    """A copy of it that a test may change, with the very files of the source: copies would be other ones."""
+    copy = Path(shutil.copytree(killed, tmp_path / "place"))
+    for name in CONTENT:
+        (copy / "in" / name).unlink()
+        (copy / "in" / name).symlink_to(killed / "in" / name)
+    return copy
 
 
 def run(place: Path, **options: Any) -> list[str]:
@@ -144,7 +150,19 @@ def test_another_recipe_starts_anew(place: Path, options: dict[str, Any]) -> Non
 
 
 def test_another_source_starts_anew(place: Path) -> None:
+    shutil.rmtree(place / "in")
     write_model(place / "in", weights=lambda made: made | {"model.norm.weight": mx.ones(128).astype(mx.bfloat16)})
+    assert run(place) == []
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_source_of_the_same_size_and_time_that_was_written_since_starts_anew(place: Path, name: str) -> None:
+    file = place / "in" / name
+    before, content = file.stat(), bytearray(file.read_bytes())
+    file.unlink()
+    content[-2] ^= 1 if name.endswith(".safetensors") else 0
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert run(place) == []
 
 

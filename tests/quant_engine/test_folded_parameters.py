@@ -50,7 +50,7 @@ def test_a_reader_needs_the_file_of_its_norm(tmp_path: Path) -> None:
 
 def test_files_and_pieces_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(write_model(tmp_path / "one" / "in"), tmp_path / "one" / "out", config=FOLDED)
-    for module in ("convert", "turning"):
+    for module in ("quantizer", "turning"):
         monkeypatch.setattr(sys.modules[f"quant_engine.{module}"], "CHUNK_VALUES", 5000)
     pieces = convert(write_model(tmp_path / "five" / "in", shards=5), tmp_path / "five" / "out", config=FOLDED)
     assert whole.files[-3].name == pieces.files[-3].name == "model.safetensors"

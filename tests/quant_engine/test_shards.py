@@ -142,10 +142,11 @@ def test_weights_stay_in_the_cache_where_they_are_to_be_kept(hub: LocalHub, tmp_
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from quant_engine.convert import convert
 def progress(done, total, message):
     if message == "model.layers.2.mlp.down_proj":
+        time.sleep(1)  # for what is finished meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
 convert("owner/name", sys.argv[1], max_shard_bytes=int(sys.argv[2]), progress=progress)
 """

@@ -291,6 +291,7 @@ Shared<T> large_array(std::size_t size) {
 inline void enter() {
   current->body();
   fiber().wait = Wait::done;
+  fiber().line = 0;  // simdgroups may differ in what they did last
   swapcontext(&fiber().context, &current->scheduler);
 }
 
