@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
+from os import SEEK_END
 from pathlib import Path
 from threading import Event
 from typing import Any, cast
@@ -41,6 +43,9 @@ ALLOWED_FILES = (WEIGHTS, *SMALL_FILES)
 
 Headers = Callable[[Sequence[str]], Mapping[str, Mapping[str, TensorInfo]]]
 """Gives the tensors of safetensors files by file and name."""
+
+HASHED_BYTES = 2**24
+"""Of a file that are hashed in one go, and in memory meanwhile."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
@@ -137,12 +142,15 @@ class Source:
 
 def file_sha256(path: Path, stopped: Event | None = None) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises CancelledError where `stopped` is set meanwhile."""
-    total, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    total = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        size = file.seek(0, SEEK_END)
+        for start in range(0, size, HASHED_BYTES):
             if stopped is not None and stopped.is_set():
                 raise CancelledError
-            total.update(buffer[:count])
+            # Mapped, it is one call for a whole stretch: threads that compute keep a reading loop from its turns.
+            with mmap(file.fileno(), min(HASHED_BYTES, size - start), access=ACCESS_READ, offset=start) as stretch:
+                total.update(stretch)
     return total.hexdigest()
 
 
