@@ -44,7 +44,7 @@ ALLOWED_FILES = (WEIGHTS, *SMALL_FILES)
 Headers = Callable[[Sequence[str]], Mapping[str, Mapping[str, TensorInfo]]]
 """Gives the tensors of safetensors files by file and name."""
 
-HASHED_BYTES = 2**24
+HASHED_BYTES = 2**23
 """Of a file that are hashed in one go, and in memory meanwhile."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
