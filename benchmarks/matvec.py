@@ -9,7 +9,7 @@ a model's do, there and back (outputs x inputs, then inputs x outputs), the mean
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,13 @@ class Method:
     product: Callable[[Any, Any], mx.array]
     prepare: Callable[[mx.array, Any], Any] = lambda x, _: x
 
-    def microseconds(self, x: mx.array, out: int) -> float:
+    def microseconds(self, x: mx.array, weights: list[Any]) -> float:
         """Of products that do not wait for each other."""
-        weights = self.weights(out, x.shape[1])
         ready = self.prepare(x, weights[0])
         return microseconds(lambda i: self.product(ready, weights[i % len(weights)]))
 
-    def microseconds_in_turn(self, x: mx.array, out: int) -> float:
+    def microseconds_in_turn(self, x: mx.array, there: list[Any], back: list[Any]) -> float:
         """Of products there and back, each with the result of the one before; of the two the mean."""
-        there, back = self.weights(out, x.shape[1]), self.weights(x.shape[1], out)
 
         def step(y: mx.array, i: int) -> mx.array:
             return self.product(self.product(y, there[i % len(there)]), back[i % len(back)])
@@ -120,35 +118,36 @@ def rotated_product(x: mx.array | Activations, weight: TileWeight) -> mx.array:
     return products.times(ready, weight, gpu, mx.float16)
 
 
-def measure(out: int, width: int, rows: int, bits: list[int], read: float) -> list[dict[str, Any]]:
-    """Rows of one shape and number of vectors; read: bytes a second of a plain read."""
+def measure(out: int, width: int, rows: list[int], bits: list[int], read: float) -> list[dict[str, Any]]:
+    """Rows of one shape, for each number of vectors; read: bytes a second of a plain read."""
     dtype = mx.float16 if on_gpu() else mx.float32
-    x = mx.random.normal((rows, width), dtype)
-    mx.eval(x)
-    made: list[dict[str, Any]] = []
-    for b in [8 * dtype.size, *bits]:
-        for method in methods(b, dtype):
-            made.append({"shape": f"{out}x{width}", "rows": rows, "bits": b, "method": method.name}
-                        | timed(method, x, out, b, read))  # fmt: skip
+    vectors = {n: mx.random.normal((n, width), dtype) for n in rows}
+    mx.eval(vectors)
+    made = [row for b in [8 * dtype.size, *bits] for method in methods(b, dtype)
+            for row in timed(method, vectors, out, b, read)]  # fmt: skip
     for row in made:
-        affine = [other for other in made if other["method"] == "affine" and other["bits"] == row["bits"]]
-        for column, base in (("times_affine", affine), ("times_float", made[:1])):
+        same = [other for other in made if other["rows"] == row["rows"]]
+        affine = [other for other in same if other["method"] == "affine" and other["bits"] == row["bits"]]
+        for column, base in (("times_affine", affine), ("times_float", same)):
             row[column] = base[0]["us"] / row["us"] if base else None
         if "us_in_turn" in row and affine:
             row["times_affine_in_turn"] = affine[0]["us_in_turn"] / row["us_in_turn"]
-    return made
+    return sorted(made, key=lambda row: row["rows"])
 
 
-def timed(method: Method, x: mx.array, out: int, bits: int, read: float) -> dict[str, Any]:
-    """Columns of one method's times; reading the weight's bytes would take them over `read`."""
-    metal_kernels.reset_paths()
-    columns: dict[str, Any] = {"us": method.microseconds(x, out)}
-    columns["of_read"] = 1e-6 * columns["us"] * read / (out * x.shape[1] * (bits / 8 + method.scale_bytes))
-    if on_gpu() and len(x) == 1:
+def timed(method: Method, vectors: dict[int, mx.array], out: int, bits: int, read: float) -> Iterator[dict[str, Any]]:
+    """Rows of one method's times; reading the weight's bytes would take them over `read`."""
+    width = next(iter(vectors.values())).shape[1]
+    there = method.weights(out, width)
+    for n, x in vectors.items():
+        metal_kernels.reset_paths()
+        row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": bits, "method": method.name}
+        row["us"] = method.microseconds(x, there)
+        row["of_read"] = 1e-6 * row["us"] * read / (out * width * (bits / 8 + method.scale_bytes))
+        if on_gpu() and n == 1:
+            row["us_in_turn"] = method.microseconds_in_turn(x, there, method.weights(width, out))
+        yield row | {"path": metal_kernels.kernel_path() if "turboquant" in method.name else "mlx"}
         mx.clear_cache()
-        columns["us_in_turn"] = method.microseconds_in_turn(x, out)
-    mx.clear_cache()
-    return columns | {"path": metal_kernels.kernel_path() if "turboquant" in method.name else "mlx"}
 
 
 def run(name: str, description: str | None, shapes: list[str], rows: list[int], bits: list[int]) -> None:
@@ -162,8 +161,7 @@ def run(name: str, description: str | None, shapes: list[str], rows: list[int], 
     made: list[dict[str, Any]] = []
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
-        for n in args.rows:
-            made += measure(out, width, n, args.bits, read)
+        made += measure(out, width, args.rows, args.bits, read)
     command = f"python -m benchmarks.{name} --shapes {' '.join(args.shapes)} --rows {' '.join(map(str, args.rows))}"
     report(name, command, made, copy_gb_per_s=read / 1e9)
 

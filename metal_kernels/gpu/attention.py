@@ -19,10 +19,13 @@ FEW, FEW_QUERIES = 4096, 8
 SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 16 * SIMDGROUPS
-THREADGROUPS = 264
-"""Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
+THREADGROUPS = 528
+"""Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
-SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal")
+SOURCES = (
+    *("codes.metal", "lanes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
+    "attention_units.metal",
+)
 
 ATTEND = Kernel(
     name="turboquant_attention",
@@ -62,12 +65,10 @@ ATTEND = Kernel(
     uint seen = tokens - queries_shape[2] + sight.last_query() + 1;
     end = end < seen ? end : seen;
   }
-  for (uint token = start + 16 * simdgroup; token < end; token += 16 * SIMDGROUPS) {
-    mine.template add<MASK>(
-        halves, factors, keys + head * room * (KEY_SIZE * KEY_BITS / 32),
-        k_scales + head * room * (KEY_SIZE / KEY_GROUP), values + head * room * (VALUE_SIZE * VALUE_BITS / 32),
-        v_scales + head * room * (VALUE_SIZE / VALUE_GROUP), k_values, v_values, sight, token, end, lane);
-  }
+  mine.template walk<SIMDGROUPS>(
+      halves, factors, keys + head * room * (KEY_SIZE * KEY_BITS / 32), k_scales + head * room * (KEY_SIZE / KEY_GROUP),
+      values + head * room * (VALUE_SIZE * VALUE_BITS / 32), v_scales + head * room * (VALUE_SIZE / VALUE_GROUP),
+      k_values, v_values, sight, start + 16 * simdgroup, end, lane);
   mine.finish();
   mine.note(maxima + simdgroup * ROWS, totals + simdgroup * ROWS, lane);
   turboquant::join<ROWS, SIMDGROUPS>(maxima, totals, factors, index);

@@ -76,25 +76,6 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
   barrier();
 }
 
-#ifdef NVIDIA_INSTRUCTIONS
-// Of rows g, g + 8, ...: two steps of 16 columns in a vector; a step beyond the last is zero.
-template <int ROWS, int SIZE, int SIMDGROUPS>
-inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<uint4> halves, uint index) {
-  constexpr uint STEPS = SIZE / 16, VECTORS = (STEPS + 1) / 2 * 32;
-  for (uint i = index; i < VECTORS * (ROWS / 8); i += 32 * SIMDGROUPS) {
-    uint row = i % 32 / 4 + i / VECTORS * 8, step = i % VECTORS / 32 * 2, column = i % 4 * (SIZE / 4) + 4 * step;
-    uint4 four = uint4{pair_of_row<SIZE>(values, factors, row, column),
-                       pair_of_row<SIZE>(values, factors, row, column + 2), 0, 0};
-    if (step + 1 < STEPS) {
-      four.z = pair_of_row<SIZE>(values, factors, row, column + 4);
-      four.w = pair_of_row<SIZE>(values, factors, row, column + 6);
-    }
-    halves[i] = four;
-  }
-  barrier();
-}
-#endif
-
 // One simdgroup's rows: running maxima and sums, and weighted sums of values.
 template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS, bool NVIDIA>
 struct Rows {
@@ -190,6 +171,16 @@ struct Rows {
     }
   }
 
+  // Every STEP-th run of 16 tokens from `first` on.
+  template <int STEP, int MASK>
+  void walk(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
+            Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
+            const thread Table& value_table, const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
+    for (uint start = first; start < end; start += 16 * STEP) {
+      add(queries, factors, keys, key_scales, values, value_scales, key_table, value_table, sight, start, end, lane);
+    }
+  }
+
   // Sums over lanes; then each row's maximum and sum are the same in all lanes.
   void finish() {
     UNROLL
@@ -237,167 +228,6 @@ struct Rows {
     }
   }
 };
-
-#ifdef NVIDIA_INSTRUCTIONS
-// By matrix units, whose rows are tokens, or columns of values, and whose columns are ROWS queries, eight at a time: of
-// each eight a lane has rows 2t and 2t + 1, and of the values columns 2i and 2i + 1 of run g.
-template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS>
-struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, true> {
-  CONSTANT int RUN = VALUE_SIZE / 8, EIGHTS = ROWS / 8;
-  float most[EIGHTS][2], sums[EIGHTS][2];
-  float out[EIGHTS][RUN / 2][4];
-
-  Rows() {
-    UNROLL
-    for (int n = 0; n < EIGHTS; n++) {
-      UNROLL
-      for (int r = 0; r < 2; r++) {
-        most[n][r] = NOTHING;
-        sums[n][r] = 0;
-      }
-      UNROLL
-      for (int i = 0; i < RUN * 2; i++) {
-        out[n][i / 4][i % 4] = 0;
-      }
-    }
-  }
-
-  template <int MASK>
-  void add(Shared<uint4> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
-           Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
-           const thread Table& value_table, const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
-    uint g = lane / 4, t = lane % 4, last = sight.length - 1;
-    uint token = start + g, other = start + g + 8, at = start + 2 * t;
-    TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> one(keys, key_scales, token < last ? token : last, t);
-    TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4> two(keys, key_scales, other < last ? other : last, t);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> a(values, value_scales, at < last ? at : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> b(values, value_scales, at + 1 < last ? at + 1 : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> c(values, value_scales, at + 8 < last ? at + 8 : last, g);
-    TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8> d(values, value_scales, at + 9 < last ? at + 9 : last, g);
-    loads_first();
-    float scores[EIGHTS][4];
-    UNROLL
-    for (int i = 0; i < EIGHTS * 4; i++) {
-      scores[i / 4][i % 4] = 0;
-    }
-    constexpr int STEPS = KEY_SIZE / 16;
-    UNROLL
-    for (int i = 0; i < STEPS; i += 2) {
-      uint4 q[EIGHTS];
-      UNROLL
-      for (int n = 0; n < EIGHTS; n++) {
-        q[n] = queries[(n * ((STEPS + 1) / 2) + i / 2) * 32 + lane];
-      }
-      UNROLL
-      for (int j = 0; j < (i + 1 < STEPS ? 2 : 1); j++) {
-        uint4 both = one.values_with(two, i + j, key_table), k = uint4{both.x, both.z, both.y, both.w};
-        UNROLL
-        for (int n = 0; n < EIGHTS; n++) {
-          matrix_multiply(scores[n], k, j ? q[n].z : q[n].x, j ? q[n].w : q[n].y);
-        }
-      }
-    }
-    uint2 weights[EIGHTS];
-    UNROLL
-    for (int n = 0; n < EIGHTS; n++) {
-      weights[n] = weigh<MASK>(n, scores[n], factors, sight, start, end, lane);
-    }
-    UNROLL
-    for (int i = 0; i < (RUN + 3) / 4; i++) {
-      uint4 of_ab = a.values_with(b, i, value_table), of_cd = c.values_with(d, i, value_table);
-      UNROLL
-      for (int j = 0; j < (4 * i + 2 < RUN ? 2 : 1); j++) {
-        uint ab = j ? of_ab.y : of_ab.x, ba = j ? of_ab.w : of_ab.z, cd = j ? of_cd.y : of_cd.x;
-        uint dc = j ? of_cd.w : of_cd.z;
-        uint4 columns = uint4{byte_permute(ab, ba, 0x5410u), byte_permute(ab, ba, 0x7632u),
-                              byte_permute(cd, dc, 0x5410u), byte_permute(cd, dc, 0x7632u)};
-        UNROLL
-        for (int n = 0; n < EIGHTS; n++) {
-          matrix_multiply(out[n][2 * i + j < RUN / 2 ? 2 * i + j : 0], columns, weights[n].x, weights[n].y);
-        }
-      }
-    }
-  }
-
-  // Scores of tokens g and g + 8 for eight rows, as the weights of 16 tokens for row g.
-  template <int MASK>
-  uint2 weigh(int n, thread float (&scores)[4], Shared<float> factors, const thread Sight<MASK>& sight, uint start,
-              uint end, uint lane) {
-    uint g = lane / 4, row = 8 * n + lane % 4 * 2;
-    bool all_seen = MASK == 0 && start + 16 <= end;
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-      scores[i] *= factors[ROWS + row + i % 2];
-    }
-    if (!all_seen) {
-      UNROLL
-      for (int i = 0; i < 4; i++) {
-        scores[i] = sight.score(scores[i], row + i % 2, start + g + 8 * (i / 2), end);
-      }
-    }
-    UNROLL
-    for (int r = 0; r < 2; r++) {
-      float now = larger(most[n][r], larger(scores[r], scores[2 + r]));
-      UNROLL
-      for (int distance = 4; distance < 32; distance *= 2) {
-        now = larger(now, shuffle_xor(now, distance));
-      }
-      if (now != most[n][r]) {
-        float kept = power_of_two(most[n][r] - now);
-        most[n][r] = now;
-        sums[n][r] *= kept;
-        UNROLL
-        for (int i = 0; i < RUN; i++) {
-          out[n][i / 2][2 * (i % 2) + r] *= kept;
-        }
-      }
-    }
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-      bool seen = all_seen || scores[i] != NOTHING;
-      float weight = power_of_two(scores[i] - most[n][i % 2]);
-      scores[i] = seen ? weight : 0.0f;
-      sums[n][i % 2] += scores[i];
-    }
-    return uint2{transpose(pack_halves(scores[0], scores[1])), transpose(pack_halves(scores[2], scores[3]))};
-  }
-
-  void finish() {
-    UNROLL
-    for (int i = 0; i < EIGHTS * 2; i++) {
-      UNROLL
-      for (int distance = 4; distance < 32; distance *= 2) {
-        sums[i / 2][i % 2] += shuffle_xor(sums[i / 2][i % 2], distance);
-      }
-    }
-  }
-
-  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
-    if (lane < 4) {
-      UNROLL
-      for (int i = 0; i < EIGHTS * 2; i++) {
-        maxima[8 * (i / 2) + 2 * lane + i % 2] = most[i / 2][i % 2];
-        totals[8 * (i / 2) + 2 * lane + i % 2] = sums[i / 2][i % 2];
-      }
-    }
-  }
-
-  // In the order of lanes, so that they write to all banks at once.
-  static uint place(uint row, uint column) {
-    uint i = (row / 8 * (RUN / 2) + column % RUN / 2) * 4 + column % 2 * 2 + row % 2;
-    return i * 32 + column / RUN * 4 + row % 8 / 2;
-  }
-
-  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
-    UNROLL
-    for (int i = 0; i < EIGHTS * RUN * 2; i++) {
-      float factor = factors[i / (RUN * 2) * 8 + lane % 4 * 2 + i % 2];
-      float value = out[i / (RUN * 2)][i % (RUN * 2) / 4][i % 4] * factor;
-      all[i * 32 + lane] = first ? value : value + all[i * 32 + lane];
-    }
-  }
-};
-#endif
 
 // Queries (rows, SIZE) into `values`, rotated, and `factors`: (ROWS) what makes halves of them, (ROWS) what undoes that
 // and scales the scores, in powers of two.
