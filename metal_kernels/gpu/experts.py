@@ -44,7 +44,7 @@ PAIRS = Kernel(
 
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
-    sources=("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal", "experts.metal"),
+    sources=("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "matvec.metal", "turned_product.metal", "experts.metal"),
     inputs=("x", "signs", "odd", "codes", "scales", "table", "chosen"),
     outputs=("out",),
     body="""
@@ -54,7 +54,8 @@ TURNED_PAIRS = Kernel(
   THREADGROUP_HALVES(halves, PARTS * (PADDED + 32));
   THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, 2);
+  THREADGROUP_ARRAY(float, factors, 1);
+  THREADGROUP_ARRAY(float, numbers, 4 * SLICES);
   turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
   uint index = thread_index_in_threadgroup, pair = threadgroup_position_in_grid.y;
   share.expert = chosen[pair];
@@ -64,7 +65,7 @@ TURNED_PAIRS = Kernel(
       share.codes(codes), share.scales(scales), share.tiles, threadgroup_position_in_grid.x, index / 32, index % 32);
   turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
   turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, 0, WIDTH>(
-      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, matrix, 1, index);
+      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, numbers, matrix, 1, index);
   turboquant::Result<false, T, turboquant::Shared<float>> result{out + pair * share.rows, factors, out, share.rows, 1};
   walk.multiply(ready, table, scratch, result, PARTS);
 """,

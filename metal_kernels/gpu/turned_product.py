@@ -12,7 +12,7 @@ from metal_kernels.gpu.matvec import COLUMNS
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, constant, zeros
 
-SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
+SOURCES = ("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
 
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
@@ -26,14 +26,15 @@ TURNED_PRODUCT = Kernel(
   THREADGROUP_HALVES(halves, ROWS * PARTS * (PADDED + 32));
   THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, 2 * ROWS);
+  THREADGROUP_ARRAY(float, factors, ROWS);
+  THREADGROUP_ARRAY(float, numbers, 4 * SLICES);
   uint index = thread_index_in_threadgroup, rows = x_shape[0];
   turboquant::Ready<PADDED> ready{halves, factors};
   turboquant::TileWalk<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, PAIRED, STEP, PADDED, T> walk(
       codes, scales, codes_shape[0], threadgroup_position_in_grid.x, index / 32, index % 32);
   turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
   turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
-      x, weights, eps[0], signs, ready, scratch, matrix, rows, index);
+      x, weights, eps[0], signs, ready, scratch, numbers, matrix, rows, index);
   turboquant::Result<ADDED, T, turboquant::Shared<float>> result{
       out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1), uint(added_shape[0])};
   walk.multiply(ready, table, scratch, result, rows * PARTS);
@@ -43,8 +44,8 @@ TURNED_PRODUCT = Kernel(
 PLAIN, NORMED = 0, 2
 MOST_WORK = 150_000
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
-AT_ONCE = 8
-"""Values of a thread that change places with others' between two barriers."""
+AT_ONCE = (32, 16, 8)
+"""Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
 THREADGROUPS = 264
@@ -70,7 +71,7 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
         return False
     layout = _layout(weight)
     light = weight.width * (8 + layout.odd) <= MOST_WORK
-    return light and layout.nbytes(_capacity(n) * parts, weight.padded) <= MEMORY[gpu]
+    return light and layout.nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1]) <= MEMORY[gpu]
 
 
 def gates_fit(weight: TileWeight) -> bool:
@@ -118,10 +119,12 @@ def threads_of(weight: TileWeight) -> int:
 def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
     """The compile-time values of turning n rows and of products with them."""
     layout, parts = _layout(weight), _parts(dtype)
+    rows = _capacity(n) * parts
+    at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= MEMORY[gpu])
     return {
         "BITS": weight.bits, "GROUP": weight.group, "SLICES": layout.slices, "PARTS": parts, "NVIDIA": gpu == "cuda",
-        "COLUMNS": _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
-        "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
+        "COLUMNS": rows, "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": min(at_once, layout.values), "TRANSFORM": weight.block > 1,
         "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
     }  # fmt: skip
 
@@ -139,10 +142,15 @@ class _Layout:
         """Threads that turn one block."""
         return min(max(self.power, SIMD), SIMD * self.slices)
 
-    def nbytes(self, rows: int, padded: int) -> int:
-        """Bytes of threadgroup memory for `rows` rows of halves."""
-        turning = SIMD * self.slices // self.team * AT_ONCE * (self.team + self.team // SIMD)
-        floats = max(turning, 2 * self.slices * TILE_ROWS * COLUMNS) + self.odd**2 + 2 * COLUMNS + 8
+    @property
+    def values(self) -> int:
+        """Of a block, in a thread."""
+        return self.odd * max(1, self.power // self.team)
+
+    def nbytes(self, rows: int, padded: int, at_once: int) -> int:
+        """Bytes of threadgroup memory for `rows` rows of halves; what a gap takes is at most an eighth."""
+        turning = SIMD * self.slices * min(at_once, self.values) * 9 // 8
+        floats = max(turning, 2 * self.slices * TILE_ROWS * COLUMNS) + self.odd**2 + COLUMNS + 4 * self.slices + 8
         return 2 * rows * (padded + 32) + 4 * floats
 
 

@@ -15,66 +15,60 @@ struct Ready {
 // What turning takes: threads, those of a team that turns one block, and values that change places at the same time.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM>
 struct Teams {
-  CONSTANT int SIZE = ODD * POWER, ODD_FACTOR = ODD;
+  CONSTANT int SIZE = ODD * POWER;
   CONSTANT int TEAM = POWER < 32 ? 32 : (POWER < THREADS ? POWER : THREADS);
-  CONSTANT int COUNT = THREADS / TEAM;
-  CONSTANT int SCRATCH = AT_ONCE * (TEAM + TEAM / 32);
-  using Mine = Turn<ODD, POWER, TEAM, TRANSFORM>;
+  CONSTANT int COUNT = THREADS / TEAM, SCRATCH = scratch_of<POWER, TEAM, AT_ONCE>();
+  template <int KIND>
+  using Mine = Turn<ODD, POWER, TEAM, TRANSFORM, KIND>;
 };
 
-// What a whole row decides: the factor that normalises it, 1 where it is taken as it is, and the exponent field of the
-// power of two that takes it, once turned, into the range of halves.
-template <int THREADS, bool SCALED, int KIND, typename T>
-inline uint measure_row(thread Row<KIND, T>& row, float eps, float norm, Shared<float> scratch, uint index) {
-  float squares = 0, most = 0;
-  for (uint i = index; (SCALED || KIND == NORMED) && i < row.width; i += THREADS) {
-    float value = static_cast<float>(row.values[i]);
-    squares += value * value;
-    value = KIND == NORMED ? value * static_cast<float>(row.weights[i]) : row.at(i);
-    most = larger(most, value < 0 ? -value : value);
-  }
-  if (KIND == NORMED) {
-    row.factor = 1 / sqrt(over_threads<THREADS, false>(squares, scratch, index) / row.width + eps);
-  }
-  return SCALED ? scale_exponent(over_threads<THREADS, true>(most, scratch, index) * row.factor / norm) : 127;
-}
-
-// Turns `rows` rows of x; matrix is staged. factors holds 2 * rows floats, of which the second half is for this.
+// Turns `rows` rows of x. numbers: four floats for each simdgroup; the barrier after matrix is staged is here.
 template <typename TEAMS, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
 inline void make_ready(Device<const T> x, Device<const T> weights, float eps, Device<const uint> signs,
-                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<uint4> matrix, uint rows, uint index) {
-  using Mine = typename TEAMS::Mine;
-  constexpr uint BLOCKS = WIDTH / TEAMS::SIZE;
-  for (uint r = 0; r < rows; r++) {
-    Row<KIND, T> row{x + r * WIDTH * (KIND == GATED ? 2 : 1), weights, WIDTH, 1.0f};
-    uint exponent = measure_row<THREADS, SCALED>(row, eps, Mine::norm(), scratch, index);
-    if (index == 0) {
-      ready.factors[r] = bits_float((254u - exponent) << 23);
-      ready.factors[rows + r] = row.factor;
-    }
-  }
-  for (uint i = index; i < rows * PARTS * (PADDED - WIDTH); i += THREADS) {
-    ready.halves[i / (PADDED - WIDTH) * Ready<PADDED>::STRIDE + WIDTH + i % (PADDED - WIDTH)] = static_cast<half>(0.0f);
+                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers,
+                       Shared<uint4> matrix, uint rows, uint index) {
+  using Mine = typename TEAMS::template Mine<KIND>;
+  constexpr uint BLOCKS = WIDTH / TEAMS::SIZE, ROUNDS = (BLOCKS + TEAMS::COUNT - 1) / TEAMS::COUNT;
+  constexpr uint STRIDE = Ready<PADDED>::STRIDE, SPARE = PADDED - WIDTH;
+  constexpr bool MEASURED = SCALED || KIND == NORMED;
+  for (uint i = index; i < rows * PARTS * SPARE; i += THREADS) {
+    ready.halves[i % (rows * PARTS) * STRIDE + WIDTH + i / (rows * PARTS)] = static_cast<half>(0.0f);
   }
   uint team = index / TEAMS::TEAM, place = index % TEAMS::TEAM;
-  for (uint first = 0; first < rows * BLOCKS; first += TEAMS::COUNT) {
-    barrier();
-    bool idle = first + team >= rows * BLOCKS;
-    uint which = idle ? 0 : first + team, r = which / BLOCKS, start = which % BLOCKS * TEAMS::SIZE;
-    Row<KIND, T> row{x + r * WIDTH * (KIND == GATED ? 2 : 1), weights, WIDTH, ready.factors[rows + r]};
+  for (uint r = 0; r < rows; r++) {
+    Row<KIND, T> row{x + r * WIDTH, weights, WIDTH};
+    Measure all{0, 0};
     Mine mine;
-    mine.load(row, signs, start, place);
-    mine.template transform<AT_ONCE>(scratch + team * TEAMS::SCRATCH, place);
-    float factor = Mine::norm() / ready.factors[r];
-    for (int b = 0; b < TEAMS::ODD_FACTOR; b++) {
-      UNROLL
-      for (int i = 0; i < Mine::EACH; i++) {
-        float value = mine.value(matrix, b, i) * factor;
-        if (!idle && Mine::owns(place)) {
-          uint at = r * PARTS * Ready<PADDED>::STRIDE + start + Mine::column(b, i, place);
-          write_parts<PARTS, half>(ready.halves, at, Ready<PADDED>::STRIDE, value);
-        }
+    if (ROUNDS == 1) {
+      mine.load(row, signs, team < BLOCKS ? team * TEAMS::SIZE : 0, place);
+      if (team < BLOCKS && Mine::owns(place)) {
+        mine.measure(all);
       }
+    } else if (MEASURED) {
+      row.template measure<THREADS>(all, index);
+    }
+    if (MEASURED) {
+      all = over_threads<THREADS, KIND == NORMED>(all, numbers + r % 2 * (THREADS / 16), index);
+    }
+    float normal = KIND == NORMED ? 1 / sqrt(all.squares / WIDTH + eps) : 1.0f;
+    uint exponent = SCALED ? scale_exponent(all.most * normal / Mine::norm()) : 127;
+    Target<PARTS, false, STRIDE, half, Shared<half>> target{ready.halves, r, bits_float(exponent << 23) * Mine::norm()};
+    for (uint block = team; block < ROUNDS * TEAMS::COUNT; block += TEAMS::COUNT) {
+      uint start = block < BLOCKS ? block * TEAMS::SIZE : 0;
+      if (ROUNDS > 1) {
+        mine.load(row, signs, start, place);
+      }
+      if (!MEASURED || block != team) {
+        barrier();
+      }
+      mine.flip(row, normal);
+      mine.template transform<AT_ONCE>(scratch + team * TEAMS::SCRATCH, place);
+      if (block < BLOCKS) {
+        mine.write(target, matrix, start, place);
+      }
+    }
+    if (index == 0) {
+      ready.factors[r] = bits_float((254u - exponent) << 23);
     }
   }
   barrier();
