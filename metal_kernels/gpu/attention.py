@@ -21,7 +21,15 @@ TOKENS_AT_ONCE = 16 * SIMDGROUPS
 THREADGROUPS = 264
 """Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
-SOURCES = ("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal")
+SOURCES = (
+    "codes.metal",
+    "lanes.metal",
+    "runs.metal",
+    "hadamard.metal",
+    "heads.metal",
+    "tokens.metal",
+    "attention.metal",
+)
 
 ATTEND = Kernel(
     name="turboquant_attention",

@@ -7,9 +7,9 @@ CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
 
 // silu(value) * up, each step in the activations' own precision, as MLX rounds it.
 template <typename T>
-inline T gate(float value, float up) {
-  float weight = static_cast<float>(static_cast<T>(1 / (1 + power_of_two(-1.44269504f * value))));
-  return static_cast<T>(static_cast<float>(static_cast<T>(value * weight)) * up);
+inline float gate(float value, float up) {
+  float weight = rounded<T>(1 / (1 + power_of_two(-1.44269504f * value)));
+  return rounded<T>(rounded<T>(value * weight) * up);
 }
 
 // What decides a row's scale: the sum of its squares, before it is normalised, and the greatest size of a value.
@@ -46,7 +46,7 @@ struct Row {
       load_values<AT_ONCE>(values + (width + column), up);
       UNROLL
       for (int i = 0; i < COUNT; i++) {
-        at[i] = static_cast<float>(gate<T>(at[i], up[i]));
+        at[i] = gate<T>(at[i], up[i]);
       }
     }
   }
@@ -56,7 +56,7 @@ struct Row {
     if (KIND != NORMED) {
       return value;
     }
-    return static_cast<float>(static_cast<T>(static_cast<float>(static_cast<T>(value * factor)) * weight));
+    return rounded<T>(rounded<T>(value * factor) * weight);
   }
 
   // Adds what one of THREADS threads sees of the row.

@@ -131,6 +131,20 @@ __device__ inline uint shift_right(uint low, uint high, uint by) {
   return __funnelshift_r(low, high, by);
 }
 
+// The nearest value that a T has.
+template <typename T>
+__device__ inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
+}
+
+// Two at a time are faster than one, and the upper of two is a float's upper half.
+template <>
+__device__ inline float rounded<__nv_bfloat16>(float value) {
+  uint pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value), "f"(0.0f));
+  return __uint_as_float(pair);
+}
+
 __device__ inline float power_of_two(float exponent) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));

@@ -116,6 +116,12 @@ inline uint shift_right(uint low_word, uint high_word, uint by) {
   return by == 0 ? low_word : (low_word >> by) | (high_word << (32 - by));
 }
 
+// The nearest value that a T has.
+template <typename T>
+inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
+}
+
 inline float power_of_two(float exponent) {
   return std::exp2(exponent);
 }

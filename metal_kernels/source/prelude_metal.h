@@ -95,6 +95,12 @@ inline uint shift_right(uint low, uint high, uint by) {
   return by == 0 ? low : (low >> by) | (high << (32 - by));
 }
 
+// The nearest value that a T has.
+template <typename T>
+inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
+}
+
 inline float power_of_two(float exponent) {
   return exp2(exponent);
 }
