@@ -23,8 +23,8 @@ THREADGROUPS = 528
 """Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
 SOURCES = (
-    *("codes.metal", "lanes.metal", "hadamard.metal", "heads.metal", "tokens.metal", "attention.metal"),
-    "attention_units.metal",
+    *("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "tokens.metal"),
+    *("attention.metal", "attention_units.metal"),
 )
 
 ATTEND = Kernel(
@@ -107,7 +107,7 @@ JOIN = Kernel(
 
 PACK = Kernel(
     name="turboquant_pack_cache",
-    sources=("lanes.metal", "hadamard.metal", "heads.metal", "pack_cache.metal"),
+    sources=("lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "pack_cache.metal"),
     inputs=("x", "signs", "odd", "codebook"),
     outputs=("codes", "scales"),
     body="""

@@ -44,29 +44,30 @@ PAIRS = Kernel(
 
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
-    sources=("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal", "experts.metal"),
+    sources=(*turned_product.SOURCES, "experts.metal"),
     inputs=("x", "signs", "odd", "codes", "scales", "table", "chosen"),
     outputs=("out",),
     body="""
-  constexpr int THREADS = 32 * SLICES;
-  using Teams = turboquant::Teams<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
-  constexpr int TURNING = Teams::COUNT * Teams::SCRATCH, ADDING = SLICES * 16 * COLUMNS;
+  constexpr int THREADS = 32 * SLICES * TEAMS;
+  using Turning = turboquant::Turning<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
+  constexpr int TURNING = Turning::COUNT * Turning::SCRATCH, ADDING = THREADS / 2 * COLUMNS;
   THREADGROUP_HALVES(halves, PARTS * (PADDED + 32));
   THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, 2);
+  THREADGROUP_ARRAY(float, factors, 1);
+  THREADGROUP_ARRAY(float, numbers, THREADS / 8);
   turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
   uint index = thread_index_in_threadgroup, pair = threadgroup_position_in_grid.y;
   share.expert = chosen[pair];
   share.rows = 16 * share.tiles - SPARE;
   turboquant::Ready<PADDED> ready{halves, factors};
-  turboquant::TileWalk<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, false, STEP, PADDED, T> walk(
-      share.codes(codes), share.scales(scales), share.tiles, threadgroup_position_in_grid.x, index / 32, index % 32);
+  turboquant::TileWalk<BITS, GROUP, SLICES, TEAMS, PARTS, COLUMNS, NVIDIA, false, STEP, PADDED, T> walk(
+      share.codes(codes), share.scales(scales), table, share.tiles, threadgroup_position_in_grid.x, index);
   turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
-  turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, 0, WIDTH>(
-      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, matrix, 1, index);
+  turboquant::make_ready<Turning, THREADS, AT_ONCE, PARTS, SCALED, 0, WIDTH>(
+      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, numbers, matrix, 1, index);
   turboquant::Result<false, T, turboquant::Shared<float>> result{out + pair * share.rows, factors, out, share.rows, 1};
-  walk.multiply(ready, table, scratch, result, PARTS);
+  walk.multiply(ready, scratch, result, PARTS);
 """,
 )
 
@@ -154,11 +155,11 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
 
 def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int, gpu: Gpu) -> mx.array:
     """Rows x (n, width), each for `times` of the pairs, turned by the threadgroups that multiply them."""
-    step = min(weight.tiles, -(-turned_product.THREADGROUPS // chosen.size))
-    constants = turned_product.constants(1, x.dtype, weight, gpu)
-    constants |= {"STEP": step, "EXPERTS": weight.experts, "TIMES": times}
+    walk = turned_product.walk_of(weight, -(-turned_product.THREADGROUPS // chosen.size))
+    constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
+    constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [x, *turned_product.turning(weight), weight.codes, weight.scales, weight.table, chosen]
-    out, groups = ((chosen.size, weight.rows), x.dtype), (step, chosen.size)
+    out, groups = ((chosen.size, weight.rows), x.dtype), (walk.groups, chosen.size)
     return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight), constants)[0]
 
 

@@ -14,20 +14,26 @@ MOST_VALUES = 64
 """Values that a thread holds in registers."""
 MOST_EXCHANGED = 4096
 """Values in threadgroup memory at the same time."""
+EACH = 16
+"""Values that a thread turns, if it can."""
+FEW_BLOCKS = 16
+"""Up to so many blocks with an odd factor are shared out to threadgroups, one for each run of them."""
 PIECE_ROWS = 128
 """Two pieces of 64 rows, which a warpgroup multiplies by at once."""
 
 ROTATE = Kernel(
     name="turboquant_rotate",
-    sources=("lanes.metal", "hadamard.metal"),
+    sources=("lanes.metal", "runs.metal", "hadamard.metal"),
     inputs=("x", "signs", "odd"),
     outputs=("out", "scales"),
     body="""
-  THREADGROUP_ARRAY(float, scratch, AT_ONCE * (THREADS + THREADS / 32));
+  constexpr int SCRATCH = turboquant::scratch_of<POWER, THREADS, AT_ONCE>();
+  THREADGROUP_ARRAY(float, scratch, SCRATCH);
+  THREADGROUP_ARRAY(float, numbers, THREADS / 16);
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, PIECES, T, OUT>(
-      x, signs, odd, out, scales, scratch, matrix, WIDTH, PADDED, threadgroup_position_in_grid.x,
-      thread_index_in_threadgroup);
+  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, PIECES, SHARED_OUT, WIDTH, PADDED, T,
+                     OUT>(x, signs, odd, out, scales, scratch, numbers, matrix, threadgroup_position_in_grid.x,
+                          thread_index_in_threadgroup);
 """,
 )
 
@@ -50,7 +56,7 @@ class Activations:
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     """x (n, width) rotated, in its dtype; signs from `sign_bits`."""
     n, width = x.shape
-    constants = _constants(x.dtype, width, block) | {
+    constants = _constants(n, width, x.dtype, block) | {
         "PARTS": 0,
         "SCALED": False,
         "KIND": 0,
@@ -70,7 +76,7 @@ def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pi
     """
     n, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     parts, padded = 2 if x.dtype == mx.float32 else 1, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
-    constants = _constants(x.dtype, width, block) | {
+    constants = _constants(n, width, x.dtype, block) | {
         "PARTS": parts,
         "SCALED": x.dtype != mx.float16,
         "KIND": int(gated),
@@ -96,20 +102,22 @@ def factors(block: int) -> tuple[int, int]:
     return odd, block // odd
 
 
-def _constants(dtype: mx.Dtype, width: int, block: int) -> dict[str, int | bool | mx.Dtype]:
+def _constants(n: int, width: int, dtype: mx.Dtype, block: int) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values; block 1, no transform, goes in runs of what power of two divides the width."""
     odd, power = factors(block)
     power = power if block > 1 else min(width & -width, MOST_THREADS)
-    threads = min(max(power, 32), MOST_THREADS)
     if not fits(block):
         raise KernelError(
             f"a Hadamard block of {block} is more than the GPU kernel takes ({MOST_VALUES * MOST_THREADS}); "
             "use the reference backend"
         )
-    at_once = min(odd * max(1, power // threads), MOST_EXCHANGED // threads)
+    shared_out = odd > 1 and n * width <= FEW_BLOCKS * block
+    each = min(EACH, 1 << (MOST_VALUES // odd).bit_length() - 1)
+    threads = min(max(power // each, 32), MOST_THREADS)
+    runs = 1 if shared_out else odd
     return {
-        "T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "AT_ONCE": at_once, "TRANSFORM": block > 1,
-        "WIDTH": width,
+        "T": dtype, "ODD": odd, "POWER": power, "THREADS": threads, "TRANSFORM": block > 1, "WIDTH": width,
+        "AT_ONCE": min(runs * max(1, power // threads), MOST_EXCHANGED // threads), "SHARED_OUT": shared_out,
     }  # fmt: skip
 
 
@@ -121,7 +129,8 @@ def _launch(
     n_scales: int,
 ) -> list[mx.array]:
     odd, power, threads = (int(constants[name]) for name in ("ODD", "POWER", "THREADS"))  # pyright: ignore[reportArgumentType]
-    groups = x.shape[0] * int(constants["WIDTH"]) // (odd * power)  # pyright: ignore[reportArgumentType]
+    run = power if constants["SHARED_OUT"] else odd * power
+    groups = x.shape[0] * int(constants["WIDTH"]) // run  # pyright: ignore[reportArgumentType]
     outputs = [out, ((n_scales,), mx.float32)]
     return ROTATE.launch([x, signs, odd_factor(odd)], outputs, (groups, 1), threads, constants)
 

@@ -12,7 +12,7 @@ from metal_kernels.gpu.matvec import COLUMNS
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, constant, zeros
 
-SOURCES = ("codes.metal", "lanes.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
+SOURCES = ("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
 
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
@@ -20,35 +20,38 @@ TURNED_PRODUCT = Kernel(
     inputs=("x", "weights", "eps", "signs", "odd", "codes", "scales", "table", "added"),
     outputs=("out",),
     body="""
-  constexpr int THREADS = 32 * SLICES;
-  using Teams = turboquant::Teams<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
-  constexpr int TURNING = Teams::COUNT * Teams::SCRATCH, ADDING = (PAIRED ? 2 : 1) * SLICES * 16 * COLUMNS;
+  constexpr int THREADS = 32 * SLICES * TEAMS;
+  using Turning = turboquant::Turning<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
+  constexpr int TURNING = Turning::COUNT * Turning::SCRATCH, ADDING = (PAIRED ? 2 : 1) * THREADS / 2 * COLUMNS;
   THREADGROUP_HALVES(halves, ROWS * PARTS * (PADDED + 32));
   THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
   THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, 2 * ROWS);
+  THREADGROUP_ARRAY(float, factors, ROWS);
+  THREADGROUP_ARRAY(float, numbers, THREADS / 8);
   uint index = thread_index_in_threadgroup, rows = x_shape[0];
   turboquant::Ready<PADDED> ready{halves, factors};
-  turboquant::TileWalk<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA, PAIRED, STEP, PADDED, T> walk(
-      codes, scales, codes_shape[0], threadgroup_position_in_grid.x, index / 32, index % 32);
+  turboquant::TileWalk<BITS, GROUP, SLICES, TEAMS, PARTS, COLUMNS, NVIDIA, PAIRED, STEP, PADDED, T> walk(
+      codes, scales, table, codes_shape[0], threadgroup_position_in_grid.x, index);
   turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
-  turboquant::make_ready<Teams, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
-      x, weights, eps[0], signs, ready, scratch, matrix, rows, index);
+  turboquant::make_ready<Turning, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
+      x, weights, eps[0], signs, ready, scratch, numbers, matrix, rows, index);
   turboquant::Result<ADDED, T, turboquant::Shared<float>> result{
       out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1), uint(added_shape[0])};
-  walk.multiply(ready, table, scratch, result, rows * PARTS);
+  walk.multiply(ready, scratch, result, rows * PARTS);
 """,
 )
 
 PLAIN, NORMED = 0, 2
 MOST_WORK = 150_000
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
-AT_ONCE = 8
-"""Values of a thread that change places with others' between two barriers."""
+AT_ONCE = (32, 16, 8)
+"""Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
 THREADGROUPS = 264
-"""Two for each of an H100's multiprocessors. More tiles than half as many again are taken in turns."""
+"""Two for each of an H100's multiprocessors. What they cannot take at once they take in turns."""
+TURN_COST = 2
+"""What the end of a turn costs, in blocks of a simdgroup."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
         return False
     layout = _layout(weight)
     light = weight.width * (8 + layout.odd) <= MOST_WORK
-    return light and layout.nbytes(_capacity(n) * parts, weight.padded) <= MEMORY[gpu]
+    return light and layout.nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1]) <= MEMORY[gpu]
 
 
 def gates_fit(weight: TileWeight) -> bool:
@@ -92,9 +95,8 @@ def turned_product(
     norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
     returned.
     """
-    tiles = weight.tiles // 2 if gates else weight.tiles
-    step = tiles if tiles <= 3 * THREADGROUPS // 2 else THREADGROUPS
-    more = {"KIND": NORMED if norm else PLAIN, "PAIRED": gates, "STEP": step, "ADDED": added is not None}
+    walk = walk_of(weight, THREADGROUPS, gates)
+    more = {"KIND": NORMED if norm else PLAIN, "PAIRED": gates, "ADDED": added is not None} | walk.constants
     none = zeros(x.dtype)
     inputs = [
         x, norm.weight if norm else none, constant(norm.eps if norm else 0.0), *turning(weight), weight.codes,
@@ -102,7 +104,7 @@ def turned_product(
     ]  # fmt: skip
     out = ((len(x), weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(len(x), x.dtype, weight, gpu) | more
-    return TURNED_PRODUCT.launch(inputs, [out], (step, 1), threads_of(weight), settings)[0]
+    return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight), settings)[0]
 
 
 def turning(weight: TileWeight) -> tuple[mx.array, mx.array]:
@@ -112,46 +114,83 @@ def turning(weight: TileWeight) -> tuple[mx.array, mx.array]:
 
 def threads_of(weight: TileWeight) -> int:
     """Threads of a threadgroup."""
-    return SIMD * _layout(weight).slices
+    return SIMD * _layout(weight).simdgroups
 
 
 def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
     """The compile-time values of turning n rows and of products with them."""
     layout, parts = _layout(weight), _parts(dtype)
+    rows = _capacity(n) * parts
+    at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= MEMORY[gpu])
     return {
-        "BITS": weight.bits, "GROUP": weight.group, "SLICES": layout.slices, "PARTS": parts, "NVIDIA": gpu == "cuda",
-        "COLUMNS": _capacity(n * parts), "SPARE": weight.tiles * TILE_ROWS - weight.rows,
-        "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": AT_ONCE, "TRANSFORM": weight.block > 1,
+        "BITS": weight.bits, "GROUP": weight.group, "PARTS": parts, "NVIDIA": gpu == "cuda", "COLUMNS": rows,
+        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
+        "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": min(at_once, layout.values), "TRANSFORM": weight.block > 1,
         "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
+class Walk:
+    """How tiles are shared out: `teams` of `slices` simdgroups in each of `groups` threadgroups take one at a time."""
+
+    groups: int
+    teams: int
+    slices: int
+
+    @property
+    def constants(self) -> dict[str, int | bool | mx.Dtype]:
+        """The compile-time values of walking so."""
+        return {"SLICES": self.slices, "TEAMS": self.teams, "STEP": self.groups * self.teams}
+
+
+def walk_of(weight: TileWeight, groups: int, gates: bool = False) -> Walk:
+    """The walk over a weight's tiles, or pairs of them, by at most `groups` threadgroups that should be done first."""
+    tiles, each = (weight.tiles // 2, 2) if gates else (weight.tiles, 1)
+    simdgroups, blocks = _layout(weight).simdgroups, weight.codes.shape[1]
+    walks: list[tuple[int, Walk]] = []
+    for slices in (8, 4, 2):
+        teams = simdgroups // slices
+        if teams > 0:
+            turns = -(-tiles // (groups * teams))
+            cost = turns * (each * -(-blocks // slices) + TURN_COST)
+            walks.append((cost, Walk(-(-tiles // (turns * teams)), teams, slices)))
+    return min(walks, key=lambda walk: walk[0])[1]
+
+
+@dataclass(frozen=True)
 class _Layout:
-    """How a weight's rotation and product are shared out in a threadgroup."""
+    """How a weight's rotation is shared out in a threadgroup."""
 
     odd: int
     power: int
-    slices: int
+    simdgroups: int
 
     @property
     def team(self) -> int:
         """Threads that turn one block."""
-        return min(max(self.power, SIMD), SIMD * self.slices)
+        return min(max(self.power, SIMD), SIMD * self.simdgroups)
 
-    def nbytes(self, rows: int, padded: int) -> int:
-        """Bytes of threadgroup memory for `rows` rows of halves."""
-        turning = SIMD * self.slices // self.team * AT_ONCE * (self.team + self.team // SIMD)
-        floats = max(turning, 2 * self.slices * TILE_ROWS * COLUMNS) + self.odd**2 + 2 * COLUMNS + 8
+    @property
+    def values(self) -> int:
+        """Of a block, in a thread."""
+        return self.odd * max(1, self.power // self.team)
+
+    def nbytes(self, rows: int, padded: int, at_once: int) -> int:
+        """Bytes of threadgroup memory for `rows` rows of halves; what a gap takes is at most an eighth."""
+        turning = SIMD * self.simdgroups * min(at_once, self.values) * 9 // 8
+        floats = (
+            max(turning, 2 * self.simdgroups * TILE_ROWS * COLUMNS) + self.odd**2 + COLUMNS + 4 * self.simdgroups + 8
+        )
         return 2 * rows * (padded + 32) + 4 * floats
 
 
 def _layout(weight: TileWeight) -> _Layout:
     odd, power = hadamard.factors(weight.block)
-    slices = 8 if weight.codes.shape[1] >= 8 else 4
+    simdgroups = 8 if weight.codes.shape[1] >= 8 else 4
     if weight.block == 1:
         power = min(weight.width & -weight.width, hadamard.MOST_THREADS)
-    return _Layout(odd, power, slices)
+    return _Layout(odd, power, simdgroups)
 
 
 def _parts(dtype: mx.Dtype) -> int:

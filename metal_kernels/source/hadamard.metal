@@ -1,148 +1,100 @@
-// Signs, then the Hadamard transform of one block of ODD * POWER values; one threadgroup a block.
-//
-// A thread holds every THREADS-th value of each run of POWER. The transform of a run is butterflies over the bits of
-// an index: those above THREADS within a thread, the low five across lanes, those between across simdgroups, which
-// change places with the lowest lane bits by way of threadgroup memory. The odd factor's matrix comes last.
+// Signs, then the Hadamard transform of one block of ODD * POWER values; one threadgroup a block, or one of its runs. The odd
+// factor's matrix comes after the runs' transforms, or before them where runs are shared out.
 
 namespace turboquant {
-
-template <int POWER, int THREADS>
-struct Run {
-  CONSTANT int EACH = POWER > THREADS ? POWER / THREADS : 1;
-  CONSTANT int LANES = POWER < 32 ? POWER : 32;
-  CONSTANT int SIMDGROUPS = THREADS / 32;
-  float at[EACH];
-
-  template <int BITS>
-  static float across_lanes(float value, uint lane) {
-    UNROLL
-    for (int distance = 1; distance < BITS; distance *= 2) {
-      float other = shuffle_xor(value, distance);
-      value = lane & distance ? other - value : value + other;
-    }
-    return value;
-  }
-
-  void within_thread() {
-    UNROLL
-    for (int distance = 1; distance < EACH; distance *= 2) {
-      UNROLL
-      for (int i = 0; i < EACH; i++) {
-        if ((i & distance) == 0) {
-          float one = at[i], two = at[i | distance];
-          at[i] = one + two;
-          at[i | distance] = one - two;
-        }
-      }
-    }
-  }
-
-  // The butterflies that one simdgroup can do.
-  void transform(uint lane) {
-    within_thread();
-    UNROLL
-    for (int i = 0; i < EACH; i++) {
-      at[i] = across_lanes<LANES>(at[i], lane);
-    }
-  }
-
-  // Which of its run's first THREADS values a thread ends up with.
-  static uint place(uint index) {
-    uint low = index % SIMDGROUPS, high = index / 32, middle = index % 32 - low;
-    return SIMDGROUPS > 1 ? low * 32 + middle + high : index;
-  }
-
-  // What this value's lane and simdgroup take from `buffer`, of THREADS + SIMDGROUPS floats, after a barrier.
-  void exchange(Shared<float> buffer, int i, uint index) {
-    uint from = place(index);
-    at[i] = across_lanes<SIMDGROUPS>(buffer[from + from / 32], index % 32);
-  }
-};
-
-// Transforms COUNT runs. scratch holds AT_ONCE * (THREADS + SIMDGROUPS) floats: as many values change places between two
-// barriers, with a gap after each 32 against bank conflicts.
-template <int COUNT, int POWER, int THREADS, int AT_ONCE>
-inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<float> scratch, uint index) {
-  constexpr int EACH = Run<POWER, THREADS>::EACH, SIMDGROUPS = THREADS / 32, ALL = COUNT * EACH;
-  UNROLL
-  for (int a = 0; a < COUNT; a++) {
-    runs[a].transform(index % 32);
-  }
-  if (SIMDGROUPS == 1) {
-    return;
-  }
-  UNROLL
-  for (int first = 0; first < ALL; first += AT_ONCE) {
-    UNROLL
-    for (int v = first; v < (first + AT_ONCE < ALL ? first + AT_ONCE : ALL); v++) {
-      scratch[(v - first) * (THREADS + SIMDGROUPS) + index + index / 32] = runs[v / EACH].at[v % EACH];
-    }
-    barrier();
-    UNROLL
-    for (int v = first; v < (first + AT_ONCE < ALL ? first + AT_ONCE : ALL); v++) {
-      runs[v / EACH].exchange(scratch + (v - first) * (THREADS + SIMDGROUPS), v % EACH, index);
-    }
-    if (first + AT_ONCE < ALL) {
-      barrier();
-    }
-  }
-}
 
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
 
 // silu(value) * up, each step in the activations' own precision, as MLX rounds it.
 template <typename T>
-inline T gate(float value, float up) {
-  float weight = static_cast<float>(static_cast<T>(1 / (1 + power_of_two(-1.44269504f * value))));
-  return static_cast<T>(static_cast<float>(static_cast<T>(value * weight)) * up);
+inline float gate(float value, float up) {
+  float weight = rounded<T>(1 / (1 + power_of_two(-1.44269504f * value)));
+  return rounded<T>(rounded<T>(value * weight) * up);
 }
+
+// What decides a row's scale: the sum of its squares, before it is normalised, and the greatest size of a value.
+struct Measure {
+  float squares, most;
+
+  void add(float value, float weight) {
+    squares += value * value;
+    value *= weight;
+    most = larger(most, value < 0 ? -value : value);
+  }
+};
 
 // A row of activations, `width` of them, as it is, as silu(gate) * up, which follow each other, or normalised and weighted.
 template <int KIND, typename T>
 struct Row {
   Device<const T> values, weights;
   uint width;
-  // NORMED: one over the root of the mean square.
-  float factor;
 
-  float at(uint column) const {
-    float value = static_cast<float>(values[column]);
-    if (KIND == GATED) {
-      return static_cast<float>(gate<T>(value, static_cast<float>(values[width + column])));
-    }
+  template <int COUNT>
+  bool in_vectors() const {
+    return begins_vector<COUNT>(values) && (KIND != NORMED || begins_vector<COUNT>(weights));
+  }
+
+  // Values that lie beside each other, before they are normalised, and their weights; AT_ONCE: `in_vectors`.
+  template <bool AT_ONCE, int COUNT>
+  void load(uint column, thread float (&at)[COUNT], thread float (&weight)[COUNT]) const {
+    load_values<AT_ONCE>(values + column, at);
     if (KIND == NORMED) {
-      float normal = static_cast<float>(static_cast<T>(value * factor));
-      return static_cast<float>(static_cast<T>(normal * static_cast<float>(weights[column])));
+      load_values<AT_ONCE>(weights + column, weight);
     }
-    return value;
+    if (KIND == GATED) {
+      float up[COUNT];
+      load_values<AT_ONCE>(values + (width + column), up);
+      UNROLL
+      for (int i = 0; i < COUNT; i++) {
+        at[i] = gate<T>(at[i], up[i]);
+      }
+    }
+  }
+
+  // One value normalised by `factor`, one over the root of the mean square, and weighted.
+  static float normal(float value, float weight, float factor) {
+    if (KIND != NORMED) {
+      return value;
+    }
+    return rounded<T>(rounded<T>(value * factor) * weight);
+  }
+
+  // Adds what one of THREADS threads sees of the row.
+  template <int THREADS>
+  void measure(thread Measure& all, uint index) const {
+    bool at_once = in_vectors<8>();
+    for (uint column = 8 * index; column < width; column += 8 * THREADS) {
+      float at[8], weight[8];
+      if (at_once) {
+        load<true>(column, at, weight);
+      } else {
+        load<false>(column, at, weight);
+      }
+      UNROLL
+      for (int i = 0; i < 8; i++) {
+        all.add(at[i], KIND == NORMED ? weight[i] : 1.0f);
+      }
+    }
   }
 };
 
-// A sum or, with MOST, the greatest over a threadgroup, to every thread. scratch: one float for each simdgroup.
-template <int THREADS, bool MOST>
-inline float over_threads(float value, Shared<float> scratch, uint index) {
-  value = MOST ? greatest_over_lanes(value) : sum_over_lanes(value);
-  barrier();
+// Measures of all threads taken together, for each of them; SQUARES: the sum of squares too. numbers: two floats for each
+// simdgroup, which nobody has read since the last barrier.
+template <int THREADS, bool SQUARES>
+inline Measure over_threads(Measure mine, Shared<float> numbers, uint index) {
+  Measure all{SQUARES ? sum_over_lanes(mine.squares) : 0.0f, greatest_over_lanes(mine.most)};
   if (index % 32 == 0) {
-    scratch[index / 32] = value;
+    numbers[index / 32 * 2] = all.squares;
+    numbers[index / 32 * 2 + 1] = all.most;
   }
   barrier();
-  value = scratch[0];
-  for (int i = 1; i < THREADS / 32; i++) {
-    value = MOST ? larger(value, scratch[i]) : value + scratch[i];
+  all = Measure{0, 0};
+  UNROLL
+  for (int i = 0; i < THREADS / 32; i++) {
+    all.squares += SQUARES ? float(numbers[2 * i]) : 0.0f;
+    all.most = larger(all.most, numbers[2 * i + 1]);
   }
-  return value;
-}
-
-// The greatest |x| of a row, to every thread.
-template <int THREADS, int KIND, typename T>
-inline float greatest(const thread Row<KIND, T>& row, Shared<float> scratch, uint index) {
-  float most = 0;
-  for (uint i = index; i < row.width; i += THREADS) {
-    float value = row.at(i);
-    most = larger(most, value < 0 ? -value : value);
-  }
-  return over_threads<THREADS, true>(most, scratch, index);
+  return all;
 }
 
 // The exponent field of the power of two that takes `bound` to between 2^14 and 2^15.
@@ -162,22 +114,63 @@ inline void stage_matrix(Device<const float> odd, Shared<uint4> matrix, uint ind
 }
 
 // One block of a row, signs one bit a column (set: minus), turned by THREADS threads.
-template <int ODD, int POWER, int THREADS, bool TRANSFORM>
+template <int ODD, int POWER, int THREADS, bool TRANSFORM, int KIND>
 struct Turn {
-  CONSTANT int SIZE = ODD * POWER, EACH = Run<POWER, THREADS>::EACH;
-  Run<POWER, THREADS> runs[ODD];
+  using Part = Run<POWER, THREADS>;
+  CONSTANT int SIZE = ODD * POWER, EACH = Part::EACH, VECTOR = Part::VECTOR, VECTORS = EACH / VECTOR;
+  CONSTANT bool MOVED = TRANSFORM && THREADS > 32, PAIRS = EACH > 1;
+  Part runs[ODD];
+  float weights[KIND == NORMED ? ODD : 1][KIND == NORMED ? VECTORS : 1][VECTOR];
+  uint flips[ODD][VECTORS];
 
-  template <int KIND, typename T>
+  template <typename T>
   void load(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
-    uint slot = POWER < THREADS ? index % POWER : index;
+    if (row.template in_vectors<VECTOR>()) {
+      load_all<true>(row, signs, start, index);
+    } else {
+      load_all<false>(row, signs, start, index);
+    }
+  }
+
+  // All there is to load, before any of it is needed.
+  template <bool AT_ONCE, typename T>
+  void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
     UNROLL
     for (int a = 0; a < ODD; a++) {
       UNROLL
-      for (int i = 0; i < EACH; i++) {
-        uint column = start + a * POWER + i * THREADS + slot;
-        float value = row.at(column);
-        runs[a].at[i] = (signs[column / 32] >> (column % 32)) & 1u ? -value : value;
+      for (int j = 0; j < VECTORS; j++) {
+        uint column = start + a * POWER + Part::first_column(index) + Part::further(j * VECTOR);
+        float at[VECTOR];
+        row.template load<AT_ONCE>(column, at, weights[KIND == NORMED ? a : 0][KIND == NORMED ? j : 0]);
+        UNROLL
+        for (int i = 0; i < VECTOR; i++) {
+          runs[a].at[j * VECTOR + i] = at[i];
+        }
+        flips[a][j] = signs[column / 32] >> (column % 32);
       }
+    }
+  }
+
+  void measure(thread Measure& all) const {
+    UNROLL
+    for (int v = 0; v < ODD * EACH; v++) {
+      all.add(runs[v / EACH].at[v % EACH], weight(v / EACH, v % EACH));
+    }
+  }
+
+  float weight(int a, int i) const {
+    return KIND == NORMED ? weights[KIND == NORMED ? a : 0][KIND == NORMED ? i / VECTOR : 0][i % VECTOR] : 1.0f;
+  }
+
+  // Normalises and flips what was loaded; `factor` as in Row.
+  template <typename T>
+  void flip(const thread Row<KIND, T>& row, float factor) {
+    UNROLL
+    for (int v = 0; v < ODD * EACH; v++) {
+      int a = v / EACH, i = v % EACH;
+      float value = row.normal(runs[a].at[i], weight(a, i), factor);
+      uint minus = (flips[a][i / VECTOR] >> (i % VECTOR)) << 31;
+      runs[a].at[i] = bits_float(float_bits(value) ^ minus);
     }
   }
 
@@ -186,13 +179,6 @@ struct Turn {
     if (TRANSFORM) {
       transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index);
     }
-  }
-
-  // The column of the block that value (b, i) of a thread is.
-  static uint column(int b, int i, uint index) {
-    uint slot = POWER < THREADS ? index % POWER : index;
-    uint last = TRANSFORM && POWER >= THREADS ? Run<POWER, THREADS>::place(index) : slot;
-    return b * POWER + i * THREADS + last;
   }
 
   static bool owns(uint index) {
@@ -217,17 +203,23 @@ struct Turn {
     }
     return value;
   }
-};
 
-// Writes a value at a place of `out`; PARTS 2: its half, and what that lost `stride` further.
-template <int PARTS, typename OUT, typename TO>
-inline void write_parts(TO out, uint at, uint stride, float value) {
-  OUT nearest = static_cast<OUT>(value);
-  out[at] = nearest;
-  if (PARTS == 2) {
-    out[at + stride] = static_cast<OUT>(value - static_cast<float>(nearest));
+  // Writes all values, the first at column `start` of `target`.
+  template <typename TARGET>
+  void write(const thread TARGET& target, Shared<uint4> matrix, uint start, uint index) const {
+    uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
+    for (int b = 0; b < ODD; b++) {
+      UNROLL
+      for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
+        float one = value(matrix, b, i), two = PAIRS ? value(matrix, b, i + PAIRS) : 0.0f;
+        if (owns(index)) {
+          uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
+          target.template write<PAIRS>(column, one, two);
+        }
+      }
+    }
   }
-}
+};
 
 // Where a value goes in (rows, padded); PIECES: in pieces of 64 rows and 64 columns, which follow each other in the order
 // of columns, then of rows. A line of a piece is a row, its columns (p, t, s, h, e), see codes.metal, in the order
@@ -241,51 +233,84 @@ inline uint place_of(uint row, uint column, uint padded) {
   return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
 }
 
-// Rotates block `group` of x (rows, width).
-//
-// PARTS 0: to out (rows, width). Otherwise to out (rows * PARTS, padded) of halves, zeros after `width`, scaled by
-// a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
-template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
-          typename T, typename OUT>
-inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
-                   Device<float> scales, Shared<float> scratch, Shared<uint4> matrix, uint width, uint padded,
-                   uint group, uint index) {
-  using Mine = Turn<ODD, POWER, THREADS, TRANSFORM>;
-  uint blocks = width / Mine::SIZE, row = group / blocks, start = group % blocks * Mine::SIZE;
-  Device<const T> values = x + row * width * (KIND == GATED ? 2 : 1);
-  Row<KIND, T> from{values, values, width, 1.0f};
-  Mine mine;
-  mine.load(from, signs, start, index);
-  uint exponent = 127;
-  if (SCALED) {
-    float most = greatest<THREADS>(from, scratch, index);
-    exponent = scale_exponent(most * sqrt(float(TRANSFORM ? Mine::SIZE : 1)));
-    barrier();
-  }
-  stage_matrix<ODD, THREADS>(odd, matrix, index);
-  mine.template transform<AT_ONCE>(scratch, index);
-  if (ODD > 1) {
-    barrier();
-  }
-  constexpr int EACH_ROW = PARTS > 0 ? PARTS : 1;
-  float factor = bits_float(exponent << 23) * Mine::norm();
-  for (int b = 0; b < ODD; b++) {
+// A row that turned values go to, times `factor`, as OUT. PARTS 2: as two rows, of the nearest OUT and of what that lost.
+template <int PARTS, bool PIECES, uint STRIDE, typename OUT, typename TO>
+struct Target {
+  TO out;
+  uint row;
+  float factor;
+
+  // PAIRS: two values beside each other, the first in an even column.
+  template <bool PAIRS>
+  void write(uint column, float first, float second) const {
+    first *= factor;
+    second *= factor;
     UNROLL
-    for (int i = 0; i < Mine::EACH; i++) {
-      float value = mine.value(matrix, b, i) * factor;
-      if (Mine::owns(index)) {
-        uint column = start + Mine::column(b, i, index), at = place_of<PIECES>(row * EACH_ROW, column, padded);
-        write_parts<EACH_ROW, OUT>(out, at, place_of<PIECES>(row * EACH_ROW + 1, column, padded) - at, value);
+    for (int part = 0; part < PARTS; part++) {
+      OUT one = static_cast<OUT>(first), two = static_cast<OUT>(second);
+      uint at = place_of<PIECES>(row * PARTS + part, column, STRIDE);
+      if (PAIRS) {
+        store_pair(out + at, one, two);
+      } else {
+        out[at] = one;
       }
+      first -= static_cast<float>(one);
+      second -= static_cast<float>(two);
     }
   }
-  if (PARTS > 0 && start == 0) {
+};
+
+// Rotates block `group` of x (rows, WIDTH); SHARED_OUT: run group % ODD of block group / ODD, all of which is read.
+//
+// PARTS 0: to out (rows, WIDTH). Otherwise to out (rows * PARTS, PADDED) of halves, zeros after WIDTH, scaled by
+// a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
+template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
+          bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
+inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
+                   Device<float> scales, Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint group,
+                   uint index) {
+  using Mine = Turn<ODD, POWER, THREADS, TRANSFORM, KIND>;
+  constexpr uint BLOCKS = WIDTH / Mine::SIZE, RUNS = SHARED_OUT ? ODD : 1, EACH_ROW = PARTS > 0 ? PARTS : 1;
+  uint run = group % RUNS, row = group / RUNS / BLOCKS, start = group / RUNS % BLOCKS * Mine::SIZE;
+  Device<const T> values = x + row * WIDTH * (KIND == GATED ? 2 : 1);
+  Row<KIND, T> from{values, values, WIDTH};
+  Mine mine;
+  mine.load(from, signs, start, index);
+  stage_matrix<ODD, THREADS>(odd, matrix, index);
+  uint exponent = 127;
+  if (SCALED) {
+    Measure all{0, 0};
+    if (BLOCKS == 1) {
+      mine.measure(all);
+    } else {
+      from.template measure<THREADS>(all, index);
+    }
+    all = over_threads<THREADS, false>(all, numbers, index);
+    exponent = scale_exponent(all.most * sqrt(float(TRANSFORM ? Mine::SIZE : 1)));
+  } else if (ODD > 1) {
+    barrier();
+  }
+  mine.flip(from, 1.0f);
+  Target<EACH_ROW, PIECES, PADDED, OUT, Device<OUT>> target{out, row, bits_float(exponent << 23) * Mine::norm()};
+  if (SHARED_OUT) {
+    Turn<1, POWER, THREADS, true, PLAIN> one;
+    UNROLL
+    for (int i = 0; i < Mine::EACH; i++) {
+      one.runs[0].at[i] = mine.value(matrix, run, i);
+    }
+    one.template transform<AT_ONCE>(scratch, index);
+    one.write(target, matrix, start + run * POWER, index);
+  } else {
+    mine.template transform<AT_ONCE>(scratch, index);
+    mine.write(target, matrix, start, index);
+  }
+  if (PARTS > 0 && start == 0 && run == 0) {
     if (index == 0) {
       scales[row] = bits_float((254u - exponent) << 23);
     }
-    for (uint i = index; i < (padded - width) * PARTS; i += THREADS) {
-      uint part = i / (padded - width), column = width + i % (padded - width);
-      out[place_of<PIECES>(row * PARTS + part, column, padded)] = static_cast<OUT>(0.0f);
+    for (uint i = index; i < uint(PADDED - WIDTH) * PARTS; i += THREADS) {
+      uint part = i % EACH_ROW, column = WIDTH + i / EACH_ROW;
+      out[place_of<PIECES>(row * PARTS + part, column, PADDED)] = static_cast<OUT>(0.0f);
     }
   }
 }

@@ -300,7 +300,7 @@ struct Result {
   uint rows, added_rows;
 
   float scaled(float sum, uint output) const {
-    return static_cast<float>(static_cast<T>(sum * x_scales[output]));
+    return rounded<T>(sum * x_scales[output]);
   }
 
   void write(uint row, uint output, float value) const {

@@ -62,6 +62,41 @@ __device__ inline uint4 load4_once(Device<const uint> at) {
   return value;
 }
 
+// Whether COUNT values from here on can be read at once.
+template <int COUNT, typename T>
+__device__ inline bool begins_vector(Device<const T> at) {
+  return reinterpret_cast<size_t>(at) % (COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) == 0;
+}
+
+// Values that lie beside each other; AT_ONCE: where a vector begins.
+template <bool AT_ONCE, int COUNT, typename T>
+__device__ inline void load_values(Device<const T> at, float (&values)[COUNT]) {
+  struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Vector {
+    T at[COUNT];
+  } all;
+  if (AT_ONCE) {
+    all = *reinterpret_cast<const Vector*>(at);
+  } else {
+    UNROLL
+    for (int i = 0; i < COUNT; i++) {
+      all.at[i] = at[i];
+    }
+  }
+  UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    values[i] = static_cast<float>(all.at[i]);
+  }
+}
+
+// Two values beside each other, at a place that two such divide.
+template <typename T>
+__device__ inline void store_pair(T* at, T first, T second) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
+  *reinterpret_cast<Pair*>(at) = Pair{first, second};
+}
+
 __device__ inline uint load_pair(Device<const half> at) {
   return __ldg(reinterpret_cast<const uint*>(at));
 }
@@ -94,6 +129,20 @@ __device__ inline uint add_pairs(uint a, uint b) {
 // The low 32 bits of high:low shifted right by less than 32.
 __device__ inline uint shift_right(uint low, uint high, uint by) {
   return __funnelshift_r(low, high, by);
+}
+
+// The nearest value that a T has.
+template <typename T>
+__device__ inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
+}
+
+// Two at a time are faster than one, and the upper of two is a float's upper half.
+template <>
+__device__ inline float rounded<__nv_bfloat16>(float value) {
+  uint pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value), "f"(0.0f));
+  return __uint_as_float(pair);
 }
 
 __device__ inline float power_of_two(float exponent) {

@@ -68,6 +68,27 @@ inline uint4 load4_once(Device<const uint> at) {
   return at.as<uint4>();
 }
 
+// Whether COUNT values from here on can be read at once: it makes no difference here.
+template <int COUNT, typename T>
+inline bool begins_vector(Device<const T>) {
+  return true;
+}
+
+// Values that lie beside each other.
+template <bool AT_ONCE, int COUNT, typename T>
+inline void load_values(Device<const T> at, float (&values)[COUNT]) {
+  for (int i = 0; i < COUNT; i++) {
+    values[i] = static_cast<float>(at[i]);
+  }
+}
+
+// Two values beside each other, at a place that two such divide.
+template <typename TO, typename T>
+inline void store_pair(TO at, T first, T second) {
+  at[0] = first;
+  at[1] = second;
+}
+
 inline uint load_pair(Device<const half> at) {
   return at.as<uint>();
 }
@@ -97,6 +118,12 @@ inline uint add_pairs(uint a, uint b) {
 
 inline uint shift_right(uint low_word, uint high_word, uint by) {
   return by == 0 ? low_word : (low_word >> by) | (high_word << (32 - by));
+}
+
+// The nearest value that a T has.
+template <typename T>
+inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
 }
 
 inline float power_of_two(float exponent) {

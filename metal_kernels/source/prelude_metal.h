@@ -44,6 +44,28 @@ inline uint4 load4_once(Device<const uint> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
 }
 
+// Whether COUNT values from here on can be read at once: it makes no difference here.
+template <int COUNT, typename T>
+inline bool begins_vector(Device<const T>) {
+  return true;
+}
+
+// Values that lie beside each other.
+template <bool AT_ONCE, int COUNT, typename T>
+inline void load_values(Device<const T> at, thread float (&values)[COUNT]) {
+  UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    values[i] = static_cast<float>(at[i]);
+  }
+}
+
+// Two values beside each other, at a place that two such divide.
+template <typename TO, typename T>
+inline void store_pair(TO at, T first, T second) {
+  at[0] = first;
+  at[1] = second;
+}
+
 inline uint load_pair(Device<const half> at) {
   return *reinterpret_cast<Device<const uint>>(at);
 }
@@ -71,6 +93,12 @@ inline uint add_pairs(uint a, uint b) {
 // The low 32 bits of high:low shifted right by less than 32.
 inline uint shift_right(uint low, uint high, uint by) {
   return by == 0 ? low : (low >> by) | (high << (32 - by));
+}
+
+// The nearest value that a T has.
+template <typename T>
+inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
 }
 
 inline float power_of_two(float exponent) {

@@ -14,86 +14,85 @@ struct Ready {
 
 // What turning takes: threads, those of a team that turns one block, and values that change places at the same time.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM>
-struct Teams {
-  CONSTANT int SIZE = ODD * POWER, ODD_FACTOR = ODD;
+struct Turning {
+  CONSTANT int SIZE = ODD * POWER;
   CONSTANT int TEAM = POWER < 32 ? 32 : (POWER < THREADS ? POWER : THREADS);
-  CONSTANT int COUNT = THREADS / TEAM;
-  CONSTANT int SCRATCH = AT_ONCE * (TEAM + TEAM / 32);
-  using Mine = Turn<ODD, POWER, TEAM, TRANSFORM>;
+  CONSTANT int COUNT = THREADS / TEAM, SCRATCH = scratch_of<POWER, TEAM, AT_ONCE>();
+  template <int KIND>
+  using Mine = Turn<ODD, POWER, TEAM, TRANSFORM, KIND>;
 };
 
-// What a whole row decides: the factor that normalises it, 1 where it is taken as it is, and the exponent field of the
-// power of two that takes it, once turned, into the range of halves.
-template <int THREADS, bool SCALED, int KIND, typename T>
-inline uint measure_row(thread Row<KIND, T>& row, float eps, float norm, Shared<float> scratch, uint index) {
-  float squares = 0, most = 0;
-  for (uint i = index; (SCALED || KIND == NORMED) && i < row.width; i += THREADS) {
-    float value = static_cast<float>(row.values[i]);
-    squares += value * value;
-    value = KIND == NORMED ? value * static_cast<float>(row.weights[i]) : row.at(i);
-    most = larger(most, value < 0 ? -value : value);
-  }
-  if (KIND == NORMED) {
-    row.factor = 1 / sqrt(over_threads<THREADS, false>(squares, scratch, index) / row.width + eps);
-  }
-  return SCALED ? scale_exponent(over_threads<THREADS, true>(most, scratch, index) * row.factor / norm) : 127;
-}
-
-// Turns `rows` rows of x; matrix is staged. factors holds 2 * rows floats, of which the second half is for this.
-template <typename TEAMS, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
+// Turns `rows` rows of x. numbers: four floats for each simdgroup; the barrier after matrix is staged is here.
+template <typename TURNING, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
 inline void make_ready(Device<const T> x, Device<const T> weights, float eps, Device<const uint> signs,
-                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<uint4> matrix, uint rows, uint index) {
-  using Mine = typename TEAMS::Mine;
-  constexpr uint BLOCKS = WIDTH / TEAMS::SIZE;
+                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers,
+                       Shared<uint4> matrix, uint rows, uint index) {
+  using Mine = typename TURNING::template Mine<KIND>;
+  constexpr uint BLOCKS = WIDTH / TURNING::SIZE, ROUNDS = (BLOCKS + TURNING::COUNT - 1) / TURNING::COUNT;
+  constexpr uint STRIDE = Ready<PADDED>::STRIDE, SPARE = PADDED - WIDTH;
+  constexpr bool MEASURED = SCALED || KIND == NORMED;
+  for (uint i = index; i < rows * PARTS * SPARE; i += THREADS) {
+    ready.halves[i % (rows * PARTS) * STRIDE + WIDTH + i / (rows * PARTS)] = static_cast<half>(0.0f);
+  }
+  uint team = index / TURNING::TEAM, place = index % TURNING::TEAM;
   for (uint r = 0; r < rows; r++) {
-    Row<KIND, T> row{x + r * WIDTH * (KIND == GATED ? 2 : 1), weights, WIDTH, 1.0f};
-    uint exponent = measure_row<THREADS, SCALED>(row, eps, Mine::norm(), scratch, index);
+    Row<KIND, T> row{x + r * WIDTH, weights, WIDTH};
+    Measure all{0, 0};
+    Mine mine;
+    if (ROUNDS == 1) {
+      mine.load(row, signs, team < BLOCKS ? team * TURNING::SIZE : 0, place);
+      if (team < BLOCKS && Mine::owns(place)) {
+        mine.measure(all);
+      }
+    } else if (MEASURED) {
+      row.template measure<THREADS>(all, index);
+    }
+    if (MEASURED) {
+      all = over_threads<THREADS, KIND == NORMED>(all, numbers + r % 2 * (THREADS / 16), index);
+    }
+    float normal = KIND == NORMED ? 1 / sqrt(all.squares / WIDTH + eps) : 1.0f;
+    uint exponent = SCALED ? scale_exponent(all.most * normal / Mine::norm()) : 127;
+    Target<PARTS, false, STRIDE, half, Shared<half>> target{ready.halves, r, bits_float(exponent << 23) * Mine::norm()};
+    for (uint block = team; block < ROUNDS * TURNING::COUNT; block += TURNING::COUNT) {
+      uint start = block < BLOCKS ? block * TURNING::SIZE : 0;
+      if (ROUNDS > 1) {
+        mine.load(row, signs, start, place);
+      }
+      if (!MEASURED || block != team) {
+        barrier();
+      }
+      mine.flip(row, normal);
+      mine.template transform<AT_ONCE>(scratch + team * TURNING::SCRATCH, place);
+      if (block < BLOCKS) {
+        mine.write(target, matrix, start, place);
+      }
+    }
     if (index == 0) {
       ready.factors[r] = bits_float((254u - exponent) << 23);
-      ready.factors[rows + r] = row.factor;
-    }
-  }
-  for (uint i = index; i < rows * PARTS * (PADDED - WIDTH); i += THREADS) {
-    ready.halves[i / (PADDED - WIDTH) * Ready<PADDED>::STRIDE + WIDTH + i % (PADDED - WIDTH)] = static_cast<half>(0.0f);
-  }
-  uint team = index / TEAMS::TEAM, place = index % TEAMS::TEAM;
-  for (uint first = 0; first < rows * BLOCKS; first += TEAMS::COUNT) {
-    barrier();
-    bool idle = first + team >= rows * BLOCKS;
-    uint which = idle ? 0 : first + team, r = which / BLOCKS, start = which % BLOCKS * TEAMS::SIZE;
-    Row<KIND, T> row{x + r * WIDTH * (KIND == GATED ? 2 : 1), weights, WIDTH, ready.factors[rows + r]};
-    Mine mine;
-    mine.load(row, signs, start, place);
-    mine.template transform<AT_ONCE>(scratch + team * TEAMS::SCRATCH, place);
-    float factor = Mine::norm() / ready.factors[r];
-    for (int b = 0; b < TEAMS::ODD_FACTOR; b++) {
-      UNROLL
-      for (int i = 0; i < Mine::EACH; i++) {
-        float value = mine.value(matrix, b, i) * factor;
-        if (!idle && Mine::owns(place)) {
-          uint at = r * PARTS * Ready<PADDED>::STRIDE + start + Mine::column(b, i, place);
-          write_parts<PARTS, half>(ready.halves, at, Ready<PADDED>::STRIDE, value);
-        }
-      }
     }
   }
   barrier();
 }
 
-// Tiles `first` and every STEP-th after it times the rows that are ready. PAIRED: the first half of the tiles are gates
-// of the second, and gate(first, second) is the result.
-template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, bool PAIRED, int STEP, int PADDED, typename T>
+// TEAMS tiles at a time times the rows that are ready, each tile by SLICES simdgroups: those of threadgroup `group`, and every
+// STEP-th after them. PAIRED: the first half of the tiles are gates of the second, and gate(first, second) is the result.
+template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, bool PAIRED, int STEP,
+          int PADDED, typename T>
 struct TileWalk {
   CONSTANT uint BLOCKS = PADDED / COLUMNS_OF_BLOCK, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
   Block<BITS, GROUP> next;
+  Table values;
   Device<const uint> codes;
   Device<const half> scales;
-  uint end, tile, slice, lane;
+  uint end, tile, team, slice, lane;
 
-  TileWalk(Device<const uint> all_codes, Device<const half> all_scales, uint tiles, uint first, uint my_slice, uint my_lane)
-      : next(all_codes, all_scales, first, BLOCKS, my_slice, my_lane), codes(all_codes), scales(all_scales),
-        end(tiles / EACH), tile(first), slice(my_slice), lane(my_lane) {
-    if (slice < BLOCKS) {
+  TileWalk(Device<const uint> all_codes, Device<const half> all_scales, Device<const uint> table, uint tiles, uint group,
+           uint index)
+      : next(all_codes, all_scales, group * TEAMS + index / (32 * SLICES), BLOCKS, index / 32 % SLICES, index % 32),
+        values(load_table(table)), codes(all_codes), scales(all_scales), end(tiles / EACH),
+        tile(group * TEAMS + index / (32 * SLICES)), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
+        lane(index % 32) {
+    if (slice < BLOCKS && tile < end) {
       next.load();
     }
   }
@@ -105,31 +104,38 @@ struct TileWalk {
     }
   }
 
+  // One team's sums of tile `tile`, and of its pair, to `partial`; what comes after them is on its way.
+  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, Shared<half>>& x, Shared<float> partial) {
+    UNROLL
+    for (uint j = 0; j < EACH; j++) {
+      Sums<COLUMNS, NVIDIA> total;
+      total.clear();
+      multiply_blocks<BITS, GROUP, SLICES>(next, x, values, slice, BLOCKS, lane, total);
+      if (j + 1 < EACH) {
+        seek(tile + end);
+      } else if (tile + STEP < end) {
+        seek(tile + STEP);
+      }
+      store_sums<GROUP>(total, scales, partial + j * PARTIAL, tile + j * end, slice, lane);
+    }
+  }
+
+  // partial (TEAMS, EACH, SLICES, 16, COLUMNS).
   template <typename RESULT>
-  void multiply(const thread Ready<PADDED>& ready, Device<const uint> table, Shared<float> partial,
-                const thread RESULT& result, uint columns) {
-    Table values = load_table(table);
+  void multiply(const thread Ready<PADDED>& ready, Shared<float> partial, const thread RESULT& result, uint columns) {
     RowsOfLane<COLUMNS, NVIDIA, Shared<half>> x(ready.halves, Ready<PADDED>::STRIDE, 0, columns, lane);
-    for (; tile < end; tile += STEP) {
-      UNROLL
-      for (uint j = 0; j < EACH; j++) {
-        Sums<COLUMNS, NVIDIA> total;
-        total.clear();
-        multiply_blocks<BITS, GROUP, SLICES>(next, x, values, slice, BLOCKS, lane, total);
-        if (j + 1 < EACH) {
-          seek(tile + end);
-        } else if (tile + STEP < end) {
-          seek(tile + STEP);
-        }
-        store_sums<GROUP>(total, scales, partial + j * PARTIAL, tile + j * end, slice, lane);
+    Shared<float> mine = partial + team * EACH * PARTIAL;
+    for (; tile - team < end; tile += STEP) {
+      if (tile < end) {
+        add_up(x, mine);
       }
       barrier();
-      for (uint i = slice * 32 + lane; i < 16 * columns / PARTS; i += 32 * SLICES) {
+      for (uint i = slice * 32 + lane; tile < end && i < 16 * columns / PARTS; i += 32 * SLICES) {
         uint row = i % 16, output = i / 16;
-        float value = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(partial, row, output), output);
+        float value = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine, row, output), output);
         if (PAIRED) {
-          float up = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(partial + PARTIAL, row, output), output);
-          value = static_cast<float>(gate<T>(value, up));
+          float up = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine + PARTIAL, row, output), output);
+          value = gate<T>(value, up);
         }
         result.write(16 * tile + row, output, value);
       }

@@ -165,10 +165,13 @@ def test_products_with_experts_equal_the_reference(
         assert mx.abs(y - expected).max() < 1e-3 * mx.abs(expected).max(), name
 
 
-@pytest.mark.parametrize("width", [64, 288, 320, 1536, 2048])
-def test_rotations_equal_the_reference(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "width"), [(3, 64), (3, 288), (3, 320), (3, 1536), (3, 2048), (1, 5120), (1, 8192), (17, 1536)]
+)
+def test_rotations_equal_the_reference(tmp_path: Path, n: int, width: int) -> None:
+    """Blocks with an odd factor are shared out where they are few."""
     turn, block = mx.array(signs(width, 3)), choose_block(width, "auto")
-    x = mx.random.normal((3, width), key=mx.random.key(1))
+    x = mx.random.normal((n, width), key=mx.random.key(1))
     (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, tiles.sign_bits(turn, width), block)])
     assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
 
