@@ -1,5 +1,6 @@
 """Decoder layers that compute themselves in fewer steps, in the place of mlx-lm's own call."""
 
+from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
@@ -7,7 +8,6 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from metal_kernels import (
-    CompiledLayer,
     DecoderLayer,
     Gpu,
     HeadNorms,
@@ -19,11 +19,11 @@ from metal_kernels import (
     decoder_layer,
     device,
     has_kernel,
-    position,
     tiles_of,
     writable,
 )
 from quant_engine.fast_layers import FeedForward
+from quant_engine.gpu_step import GpuStep
 from quant_engine.kv_cache import TurboQuantKVCache
 from quant_engine.linear import FastLinear, TurboQuantLinear
 from quant_engine.mlx_lm_adapter import PLAIN_LAYERS, attention_of_new
@@ -59,20 +59,6 @@ class _CpuStep:
         return writable(attention_of_new(mx.array(q), mx.array(k), mx.array(v), cache, self._scale, mask))
 
 
-class _GpuStep:
-    """A layer as two compiled calls, before and after attention, for few positions."""
-
-    def __init__(self, layer: TileLayer, scale: float) -> None:
-        self._layer, self._scale = CompiledLayer(layer), scale
-
-    def takes(self, x: mx.array) -> bool:
-        return self._layer.takes(x) and has_kernel("feed_forward") and has_kernel("decoder_layer")
-
-    def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
-        queries, keys, values = self._layer.before(x, position(0 if cache is None else int(cache.offset)))
-        return self._layer.after(x, attention_of_new(queries, keys, values, cache, self._scale, mask))
-
-
 def fuse_decoder_layers(model: nn.Module) -> int:
     """Let layers of the known kinds compute themselves in fewer steps; returns how many do.
 
@@ -85,6 +71,10 @@ def fuse_decoder_layers(model: nn.Module) -> int:
             module.__class__ = _stepping(type(module))
             module._step = step
             fused += 1
+    for one, two in pairwise(getattr(model, "layers", ())):
+        steps = getattr(one, "_step", None), getattr(two, "_step", None)
+        if isinstance(steps[0], GpuStep) and isinstance(steps[1], GpuStep):
+            steps[0].follow_with(steps[1])
     return fused
 
 
@@ -98,7 +88,7 @@ def _stepping(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _fused(block: Any, rotaries: list[Rotary]) -> _CpuStep | _GpuStep | None:
+def _fused(block: Any, rotaries: list[Rotary]) -> _CpuStep | GpuStep | None:
     own = block.self_attn
     branch, out, feed_forward = own.q_proj, own.o_proj, block.mlp
     stacked = branch.stacked if isinstance(branch, Branch) else None
@@ -129,7 +119,7 @@ def _cpu_step(
     return _CpuStep(layer, rotary, own.scale)
 
 
-def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: FeedForward, gpu: Gpu) -> _GpuStep | None:
+def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: FeedForward, gpu: Gpu) -> GpuStep | None:
     own = block.self_attn
     qkv, o, gate_up, down = (tiles_of(weight) for weight in (stacked.weight, out.weight, *feed_forward.weights))
     if qkv is None or o is None or gate_up is None or down is None:
@@ -141,7 +131,7 @@ def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: Fe
         input_norm, norm, qkv, _bias(stacked, dtype), (_norm(of_heads[0]), _norm(of_heads[1])) if of_heads else None,
         own.rope, o, _bias(out, dtype), gate_up, down, own.n_heads, own.n_kv_heads, gpu,
     )  # fmt: skip
-    return _GpuStep(layer, own.scale)
+    return GpuStep(layer, own.scale)
 
 
 def _norm(norm: Any) -> Norm:
