@@ -14,6 +14,7 @@ from metal_kernels.attention import (
 )
 from metal_kernels.cpu.arrays import view as writable
 from metal_kernels.cpu.compilation import announce_compilation
+from metal_kernels.cpu.finite import count_not_finite
 from metal_kernels.cpu.heads import HeadNorms
 from metal_kernels.decoder_layer import Attend, DecoderLayer, Turns, decoder_layer
 from metal_kernels.dispatch import (
@@ -64,6 +65,7 @@ __all__ = [
     "attention",
     "attention_rows",
     "bits_of",
+    "count_not_finite",
     "decoder_layer",
     "dequantize",
     "device",

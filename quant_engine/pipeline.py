@@ -12,8 +12,8 @@ from typing import Self, TypeVar
 Made = TypeVar("Made")
 Beside = TypeVar("Beside")
 
-AHEAD = 4
-"""Pieces that are read before they are asked for, and those that are written after they were handed over."""
+AHEAD = max(3, min(8, os.cpu_count() or 1))
+"""Pieces that are read before they are asked for, and threads that read and write."""
 
 
 class Threads:
@@ -24,9 +24,8 @@ class Threads:
     """
 
     def __init__(self) -> None:
-        cores = os.cpu_count() or 1
-        self.pieces = ThreadPoolExecutor(max(3, min(8, cores)))
-        self.files = ThreadPoolExecutor(max(1, cores // 2))
+        self.pieces = ThreadPoolExecutor(AHEAD)
+        self.files = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
         self.stopped = Event()
 
     def __enter__(self) -> Self:

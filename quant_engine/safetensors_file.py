@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from metal_kernels import count_not_finite
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 
 SIZES = {
@@ -130,7 +131,7 @@ def check_finite(raw: NDArray[np.uint8], info: TensorInfo) -> None:
     if info.dtype not in words:
         return
     word, exponent = words[info.dtype]
-    bad = int(np.count_nonzero((raw.view(word) & word(exponent)) == exponent))
+    bad = count_not_finite(raw.view(word), exponent)
     if bad:
         raise CorruptCheckpointError(
             f"tensor {info.name} of {info.path.name} has {bad} NaN or infinite values; the "
