@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args()
     config = EIGHT_B | {"num_hidden_layers": args.layers}
-    command = f"python -m benchmarks.big_model --layers {args.layers} --bits {' '.join(map(str, args.bits))}"
+    bits = " ".join(map(str, args.bits))
+    command = f"python -m benchmarks.big_model --layers {args.layers} --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
     report("big_model", command, measure(config, args.bits, args.prompt, args.tokens))
 
 
