@@ -140,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     config = EIGHT_B | {"num_hidden_layers": args.layers}
     bits = " ".join(map(str, args.bits))
-    command = f"python -m benchmarks.big_model --layers {args.layers} --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
+    command = f"python -m benchmarks.big_model --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
     report("big_model", command, measure(config, args.bits, args.prompt, args.tokens))
 
 

@@ -162,8 +162,9 @@ def run(name: str, description: str | None, shapes: list[str], rows: list[int], 
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
         made += measure(out, width, args.rows, args.bits, read)
-    command = f"python -m benchmarks.{name} --shapes {' '.join(args.shapes)} --rows {' '.join(map(str, args.rows))}"
-    report(name, command, made, copy_gb_per_s=read / 1e9)
+    lists = {"shapes": args.shapes, "rows": map(str, args.rows), "bits": map(str, args.bits)}
+    options = " ".join(f"--{option} {' '.join(values)}" for option, values in lists.items())
+    report(name, f"python -m benchmarks.{name} {options}", made, copy_gb_per_s=read / 1e9)
 
 
 def main() -> None:
