@@ -87,6 +87,8 @@ def _whole(tokens: Tokens) -> Array:
     The array may have room for more tokens than were given; only with a known layout do loops over it vectorise.
     """
     assert not isinstance(tokens, PackedTokens)
+    if tokens.flags.c_contiguous:
+        return tokens
     batch, heads, count, size = tokens.shape
     per_batch, per_head, per_token, per_value = tokens.strides
     room = per_head // per_token if per_token else 0
