@@ -138,7 +138,7 @@ def main() -> None:
             rows += measure(path.name, path, 512, 100, work)
         if "large" in args.models:
             write_random_llama(work / "llama-378m-random", LARGE)
-            rows += measure("llama-378m-random", work / "llama-378m-random", 128, 16, work)
+            rows += measure("llama-378m-random", work / "llama-378m-random", 128, 64, work)
     command = f"python -m benchmarks.end_to_end --models {' '.join(args.models)}"
     report("speed", command, rows, seconds=time.perf_counter() - began)
 

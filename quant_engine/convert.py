@@ -28,7 +28,7 @@ from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
 from quant_engine.pipeline import Threads, ahead
 from quant_engine.progress import Progress, silent
-from quant_engine.quantizer import chunk_rows, quantize_weight
+from quant_engine.quantizer import QuantizedWeight, chunk_rows, quantize_weight
 from quant_engine.safetensors_file import (
     SafetensorsWriter,
     TensorSpec,
@@ -42,8 +42,8 @@ LARGEST_SCALE = 65504
 """Of float16; a scale that would be larger is cut off there."""
 
 Raw = NDArray[np.uint8] | None
-Job = tuple[Callable[[], Raw], Callable[[Raw], None]]
-"""A piece of the source: what reads it, in any thread, and what makes of it what is written."""
+Job = tuple[Callable[[], Raw], Callable[[Raw], Callable[[], None]]]
+"""A piece of the source: what reads it, in any thread, and what begins to make of it what is written then."""
 
 _MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
@@ -230,8 +230,12 @@ class _Weights:
         finishing = pool.submit(bool)
         for file, specs in left.items():
             with SafetensorsWriter(folder / file, specs, pool) as writer:
-                for raw, write in ahead(self._jobs(writer, origin, read_order(found, {file: specs})), pool):
-                    write(raw)
+                write: Callable[[], object] = bool
+                for raw, begin in ahead(self._jobs(writer, origin, read_order(found, {file: specs})), pool):
+                    begun = begin(raw)
+                    write()  # of the piece before: a GPU goes on meanwhile
+                    write = begun
+                write()
             finishing.result()
             finishing = pool.submit(journal.add, file)
         finishing.result()
@@ -255,20 +259,25 @@ class _Weights:
         parameter, spec = self.found[name], self.drawn.kept.get(name)
         if spec and parameter.stored and spec.dtype == parameter.stored.dtype:
             for read in self.found.pieces(name):
-                yield read, partial(self._copy, writer, name)
+                yield read, partial(partial, self._copy, writer, name)
             return
-        write = partial(self._cast, writer, spec) if spec else partial(self._quantize, writer, name)
+        begin = partial(self._cast, writer, spec) if spec else partial(self._quantize, writer, name)
         count, width = parameter.matrix
         step = chunk_rows(width)
         for first in range(0, count, step):
             last = min(first + step, count)
-            yield partial(self.found.raw_rows, name, first, last), partial(write, first, last)
+            yield partial(self.found.raw_rows, name, first, last), partial(begin, first, last)
 
-    def _quantize(self, writer: SafetensorsWriter, name: str, first: int, last: int, raw: Raw) -> None:
-        path = name.removesuffix(".weight")
-        entry = self.drawn.modules[path]
+    def _quantize(self, writer: SafetensorsWriter, name: str, first: int, last: int, raw: Raw) -> Callable[[], None]:
+        entry = self.drawn.modules[name.removesuffix(".weight")]
         rows = self.found.rows(name, first, last, raw)
         part = quantize_weight(rows, replace(self.recipe, group_size=entry.group_size), entry.bits, entry.block)
+        return partial(self._write_quantized, writer, name, first, last, rows, part)
+
+    def _write_quantized(
+        self, writer: SafetensorsWriter, name: str, first: int, last: int, rows: mx.array, part: QuantizedWeight
+    ) -> None:
+        path = name.removesuffix(".weight")
         scales = np.array(part.scales, np.float16)
         _check_scales(scales, rows, path)
         writer.write(name, part.packed)
@@ -278,9 +287,13 @@ class _Weights:
             writer.write(f"{path}.qjl_norms", part.residual.norms)
         self._count(name, first, last, path)
 
-    def _cast(self, writer: SafetensorsWriter, spec: TensorSpec, first: int, last: int, raw: Raw) -> None:
-        writer.write(spec.name, cast_piece(self.found.rows(spec.name, first, last, raw), spec))
-        self._count(spec.name, first, last, spec.name)
+    def _cast(self, writer: SafetensorsWriter, spec: TensorSpec, first: int, last: int, raw: Raw) -> Callable[[], None]:
+        cast = cast_piece(self.found.rows(spec.name, first, last, raw), spec)
+        return partial(self._write_cast, writer, spec.name, first, last, cast)
+
+    def _write_cast(self, writer: SafetensorsWriter, name: str, first: int, last: int, cast: mx.array) -> None:
+        writer.write(name, cast)
+        self._count(name, first, last, name)
 
     def _copy(self, writer: SafetensorsWriter, name: str, raw: Raw) -> None:
         assert raw is not None

@@ -136,6 +136,6 @@ def _quantize_rows(weight: mx.array, config: QuantConfig, bits: int, block: int)
     if config.use_qjl:
         error = unrotate(rotated - dequantize(packed, scales, codebook), signs, block)
         errors = project(error, config.seed)
-        mx.eval(errors.signs, errors.norms)
-    mx.eval(packed, scales)
+        mx.async_eval(errors.signs, errors.norms)
+    mx.async_eval(packed, scales)
     return QuantizedWeight(packed, scales, codebook, bits, config.group_size, config.seed, block, errors)
