@@ -91,9 +91,9 @@ def convert(
     config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
     weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
-    stays within a few pieces of 2^20 weights (2^23 on a GPU), whatever the model's size; where the recipe says
-    fold_rotation, one layer's weight in float32 comes on top. Other threads read, write and hash meanwhile; they have
-    ended when it returns or raises.
+    stays within a few pieces of 2^20 weights (2^23 on a GPU; on CUDA, one tensor on top), whatever the model's size;
+    where the recipe says fold_rotation, one layer's weight in float32 comes on top. Other threads read, write and hash
+    meanwhile; they have ended when it returns or raises.
 
     A repository's weights are fetched file by file, when they are needed, at one commit, and dropped when they are
     not needed any more; with keep_source they go to Hugging Face's cache and stay. What is in that cache already is

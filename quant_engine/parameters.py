@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from metal_kernels import device
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.lineage import lineage
@@ -180,6 +181,7 @@ class Parameters(Mapping[str, Parameter]):
         places: where each is now, by the path that its tensors name. At first, all are where their tensors say.
         """
         self._places = dict(places)
+        self._opened: tuple[Path | None, dict[str, mx.array]] = None, {}
         self._waiting: dict[str, mx.array] = {}
         self._current: tuple[str, list[mx.array]] = ("", [])
 
@@ -192,12 +194,13 @@ class Parameters(Mapping[str, Parameter]):
         return (partial(info.chunk, start) for start in info.chunk_starts)
 
     def raw_rows(self, name: str, first: int, last: int) -> NDArray[np.uint8] | None:
-        """What `rows` can be given to make its values from, read now, in any thread; None where it is computed.
+        """What `rows` can be given to make its values from, read now, in any thread; None where MLX reads or computes.
 
+        On CUDA it reads whole tensors itself: arrays that are handed to it go through memory that moves page by page.
         Raises as `rows` does.
         """
         parameter = self[name]
-        in_file = parameter.stored and parameter.packing is None
+        in_file = parameter.stored and parameter.packing is None and device() != "cuda"
         return self._at_hand(parameter).raw_rows(first, last) if in_file else None
 
     def rows(self, name: str, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
@@ -207,7 +210,7 @@ class Parameters(Mapping[str, Parameter]):
         values, UnsupportedModelError for dtypes that are no weights.
         """
         parameter = self._parameters[name]
-        if parameter.stored and parameter.packing is None:
+        if parameter.stored and parameter.packing is None and (raw is not None or device() != "cuda"):
             return self._at_hand(parameter).rows(first, last, raw)
         arrays = [array[first:last] for array in self._arrays(parameter)]
         if parameter.packing is None:
@@ -223,16 +226,24 @@ class Parameters(Mapping[str, Parameter]):
         return values
 
     def _arrays(self, parameter: Parameter) -> list[mx.array]:
-        """The arrays of a computed or packed parameter as matrices; those of the last one asked for are kept."""
+        """The arrays of a parameter as matrices, computed or read by MLX; those of the last one asked for are kept."""
         if self._current[0] != parameter.name:
             self._current = ("", [])
-            if not self._waiting.keys() >= {parameter.name}:
+            arrays = [self._load(parameter)] if parameter.stored and parameter.packing is None else []
+            if not arrays and not self._waiting.keys() >= {parameter.name}:
                 self._waiting = self._compute()
-            arrays = [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
+            arrays = arrays or [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
             matrices = [array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in arrays]
             mx.eval(matrices)
             self._current = (parameter.name, matrices)
         return self._current[1]
+
+    def _load(self, parameter: Parameter) -> mx.array:
+        """A stored parameter, read when it is evaluated."""
+        info = self._at_hand(parameter)
+        if self._opened[0] != info.path or info.name not in self._opened[1]:
+            self._opened = info.path, cast(dict[str, mx.array], mx.load(str(info.path)))
+        return self._opened[1].pop(info.name)
 
     def _at_hand(self, parameter: Parameter) -> TensorInfo:
         info = cast(TensorInfo, parameter.stored)

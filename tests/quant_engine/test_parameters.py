@@ -51,6 +51,28 @@ def test_tensors_that_are_parameters_are_read_from_their_place(tmp_path: Path) -
     assert not found.unused
 
 
+def test_on_cuda_mlx_reads_the_tensors_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, arrays that are handed over go through memory that moves page by page."""
+    plain = parameters(write_model(tmp_path))
+    monkeypatch.setattr("quant_engine.parameters.device", lambda: "cuda")
+    found = parameters(tmp_path)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert found.raw_rows(name, 3, 9) is None
+        assert mx.array_equal(found.rows(name, 3, 9), plain._at_hand(plain[name]).rows(3, 9))
+
+
+def test_on_cuda_values_that_are_no_numbers_are_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def broken(made: dict[str, mx.array]) -> dict[str, mx.array]:
+        return made | {name: mx.where(mx.arange(made[name].shape[1]) == 5, mx.nan, made[name])}
+
+    found = parameters(write_model(tmp_path, weights=broken))
+    monkeypatch.setattr("quant_engine.parameters.device", lambda: "cuda")
+    with pytest.raises(CorruptCheckpointError, match=f"{name} has NaN or infinite values"):
+        found.rows(name, 0, 4)
+
+
 def test_experts_are_stacked_when_they_are_read(tmp_path: Path) -> None:
     found = parameters(mixture(tmp_path))
     name = "model.layers.0.mlp.switch_mlp.down_proj.weight"
