@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +90,24 @@ def speed_of_ours(
 
 
 def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) -> list[dict[str, Any]]:
-    """Rows of affine and TurboQuant, each the median of ROUNDS turns, taken one after another."""
+    """Rows of affine and TurboQuant, each the median of ROUNDS turns after one to warm up."""
     theirs = mlx_lm_affine(path)
     prompt = [101 + (7919 * i) % 4000 for i in range(prompt_tokens)]
     ours: dict[int, tuple[nn.Module, Any]] = {}
     for bits in (3, 4):
         convert(path, work / f"{name}-{bits}", config=QuantConfig(bits=bits))
         ours[bits] = load(work / f"{name}-{bits}")
-    affine: list[tuple[float, float]] = []
-    turbo: list[list[tuple[float, float]]] = [[] for _ in VARIANTS]
-    paths = [""] * len(VARIANTS)
-    for _ in range(ROUNDS):
-        affine.append(speed_of_mlx_lm(*theirs, prompt, tokens))
-        for number, (_, bits, cache) in enumerate(VARIANTS):
-            metal_kernels.reset_paths()
-            turbo[number].append(speed_of_ours(*ours[bits], prompt, tokens, cache))
-            paths[number] = metal_kernels.kernel_path()
-    base = _median(affine)
-    return [_row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")] + [
-        _row(name, prompt_tokens, method, bits, _median(turbo[number]), base, paths[number])
-        for number, (method, bits, _) in enumerate(VARIANTS)
-    ]
+    base = _median(lambda: speed_of_mlx_lm(*theirs, prompt, tokens))
+    rows = [_row(name, prompt_tokens, "mlx-lm affine", 4, base, base, "mlx")]
+    for method, bits, cache in VARIANTS:
+        metal_kernels.reset_paths()
+        speed = _median(lambda bits=bits, cache=cache: speed_of_ours(*ours[bits], prompt, tokens, cache))
+        rows.append(_row(name, prompt_tokens, method, bits, speed, base, metal_kernels.kernel_path()))
+    return rows
 
 
-def _median(turns: list[tuple[float, float]]) -> tuple[float, float]:
+def _median(turn: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    turns = [turn() for _ in range(ROUNDS + 1)][1:]
     return statistics.median(t[0] for t in turns), statistics.median(t[1] for t in turns)
 
 
@@ -138,7 +133,7 @@ def main() -> None:
             rows += measure(path.name, path, 512, 100, work)
         if "large" in args.models:
             write_random_llama(work / "llama-378m-random", LARGE)
-            rows += measure("llama-378m-random", work / "llama-378m-random", 128, 64, work)
+            rows += measure("llama-378m-random", work / "llama-378m-random", 256, 64, work)
     command = f"python -m benchmarks.end_to_end --models {' '.join(args.models)}"
     report("speed", command, rows, seconds=time.perf_counter() - began)
 
