@@ -54,8 +54,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("machine", ["metal", "cuda"])
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("machine", "pair"), [*(("cuda", pair) for pair in PAIRS), *(("metal", pair) for pair in PAIRS[::2])], ids=str
+)
 def test_attention_gives_what_the_reference_gives(
     tmp_path: Path,
     machine: Gpu,

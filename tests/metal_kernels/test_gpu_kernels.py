@@ -59,8 +59,7 @@ FEW = [
     ("metal", mx.float32, 3),
     ("cuda", mx.float16, 1),
     ("cuda", mx.float32, 1),
-    ("cuda", mx.float16, 3),
-    ("cuda", mx.bfloat16, 8),
+    ("cuda", mx.bfloat16, 3),
 ]
 
 
@@ -103,8 +102,7 @@ ODD_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+@pytest.mark.parametrize(("gpu", "dtype"), [("metal", mx.float16), ("cuda", mx.bfloat16)], ids=str)
 def test_odd_shapes_of_strided_activations_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype) -> None:
     made = [(case, *odd_case(*case, dtype)) for case in ODD_SHAPES]
 

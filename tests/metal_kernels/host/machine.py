@@ -65,7 +65,7 @@ class Machine:
         program.with_suffix(".cpp").write_text(text)
         flags = [
             "-std=c++17",
-            "-O1",
+            "-O0",
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
             "-Wall",
