@@ -11,7 +11,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import metal_kernels
 from benchmarks.end_to_end import LARGE
-from benchmarks.harness import report
+from benchmarks.harness import report, save
 from quant_engine import QuantConfig, loader
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.fast_layers import fuse_feed_forward
@@ -104,8 +104,8 @@ def _turn(model: nn.Module, prompt: int, tokens: int, cache_bits: tuple[int, int
     return prompt / (read - began), made / (time.perf_counter() - read)
 
 
-def measure(config: dict[str, Any], bits: list[int], prompt: int, tokens: int) -> list[dict[str, Any]]:
-    """Rows of method, speeds, and their ratios to bfloat16 and to affine at 4 bits."""
+def measure(config: dict[str, Any], bits: list[int], prompt: int, tokens: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of method, speeds, and their ratios to bfloat16 and to affine at 4 bits: those there are, and one more."""
     kinds: list[tuple[str, int, Callable[[], nn.Module], tuple[int, int] | None]] = [
         ("mlx-lm bfloat16", 16, lambda: random_float(config), None),
         ("mlx-lm affine", 4, lambda: random_affine(config, 4), None),
@@ -124,11 +124,11 @@ def measure(config: dict[str, Any], bits: list[int], prompt: int, tokens: int) -
         del model
         gc.collect()
         mx.clear_cache()
-    for row in rows:
-        for name, base in (("bfloat16", rows[0]), ("affine", rows[1])):
-            row[f"generation_times_{name}"] = row["generation_tokens_per_s"] / base["generation_tokens_per_s"]
-            row[f"prompt_times_{name}"] = row["prompt_tokens_per_s"] / base["prompt_tokens_per_s"]
-    return rows
+        for row in rows:
+            for name, base in zip(("bfloat16", "affine"), rows[:2], strict=False):
+                row[f"generation_times_{name}"] = row["generation_tokens_per_s"] / base["generation_tokens_per_s"]
+                row[f"prompt_times_{name}"] = row["prompt_tokens_per_s"] / base["prompt_tokens_per_s"]
+        yield rows
 
 
 def main() -> None:
@@ -141,7 +141,10 @@ def main() -> None:
     config = EIGHT_B | {"num_hidden_layers": args.layers}
     bits = " ".join(map(str, args.bits))
     command = f"python -m benchmarks.big_model --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
-    report("big_model", command, measure(config, args.bits, args.prompt, args.tokens))
+    rows: list[dict[str, Any]] = []
+    for rows in measure(config, args.bits, args.prompt, args.tokens):
+        save("big_model", command, rows)
+    report("big_model", command, rows)
 
 
 if __name__ == "__main__":

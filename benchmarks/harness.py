@@ -99,17 +99,22 @@ def machine() -> str:
 
 
 def report(name: str, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Print rows as a table and write them to RESULTS with the machine and the command: see `result_file`."""
+    """Print rows as a table and write them to RESULTS: see `save`."""
     print(f"\n{name}: {machine()}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
     for line in [columns, *cells]:
         print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+    save(name, command, rows, **more)
+
+
+def save(name: str, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write rows to RESULTS with the machine and the command, see `result_file`; also those of a run that goes on."""
     RESULTS.mkdir(exist_ok=True)
     payload = {"machine": machine(), "command": command, "rows": rows, **more}
     result_file(name).write_text(json.dumps(payload, indent=1) + "\n")
-    sys.stdout.flush()
 
 
 def result_file(name: str) -> Path:

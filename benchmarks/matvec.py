@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import copies_of, copy_bandwidth, microseconds, microseconds_in_turn, on_gpu, report
+from benchmarks.harness import copies_of, copy_bandwidth, microseconds, microseconds_in_turn, on_gpu, report, save
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TileWeight
@@ -158,13 +158,14 @@ def run(name: str, description: str | None, shapes: list[str], rows: list[int], 
     parser.add_argument("--bits", type=int, nargs="+", default=bits)
     args = parser.parse_args()
     read = copy_bandwidth()
-    made: list[dict[str, Any]] = []
+    lists = {"shapes": args.shapes, "rows": map(str, args.rows), "bits": map(str, args.bits)}
+    options = " ".join(f"--{option} {' '.join(values)}" for option, values in lists.items())
+    command, made = f"python -m benchmarks.{name} {options}", list[dict[str, Any]]()
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
         made += measure(out, width, args.rows, args.bits, read)
-    lists = {"shapes": args.shapes, "rows": map(str, args.rows), "bits": map(str, args.bits)}
-    options = " ".join(f"--{option} {' '.join(values)}" for option, values in lists.items())
-    report(name, f"python -m benchmarks.{name} {options}", made, copy_gb_per_s=read / 1e9)
+        save(name, command, made, copy_gb_per_s=read / 1e9)
+    report(name, command, made, copy_gb_per_s=read / 1e9)
 
 
 def main() -> None:
