@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import mlx.core as mx
+import numpy as np
 
 from metal_kernels.errors import KernelError
 
@@ -78,6 +79,12 @@ def source_text(name: str) -> str:
 def constant(value: float) -> mx.array:
     """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
     return made(mx.full((8,), value))
+
+
+@cache
+def table(numbers: tuple[float, ...]) -> mx.array:
+    """Numbers as an array that every launch shares, repeated until they are long enough, see `constant`."""
+    return mx.array(np.resize(np.array(numbers, np.float32), max(8, len(numbers))))
 
 
 @cache

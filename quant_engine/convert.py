@@ -199,10 +199,10 @@ def _hashed(
     """`Source.origin` when the hashes have come. Raises CorruptCheckpointError where files have changed meanwhile."""
     while wait(hashing, timeout=0.5).not_done:
         meter.say("reading the source for its hash")
-    content = origin.content_hash(file.result() for file in hashing)
+    found = origin.origin(file.result() for file in hashing)
     if origin.identity() != identity:
         raise CorruptCheckpointError(f"files of {origin.path} changed while they were converted; run it again")
-    return {"name": origin.repo or origin.name, "revision": origin.revision, "content_sha256": content}
+    return found
 
 
 @dataclass(frozen=True)

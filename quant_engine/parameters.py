@@ -196,12 +196,10 @@ class Parameters(Mapping[str, Parameter]):
     def raw_rows(self, name: str, first: int, last: int) -> NDArray[np.uint8] | None:
         """What `rows` can be given to make its values from, read now, in any thread; None where MLX reads or computes.
 
-        On CUDA it reads whole tensors itself: arrays that are handed to it go through memory that moves page by page.
         Raises as `rows` does.
         """
         parameter = self[name]
-        in_file = parameter.stored and parameter.packing is None and device() != "cuda"
-        return self._at_hand(parameter).raw_rows(first, last) if in_file else None
+        return self._at_hand(parameter).raw_rows(first, last) if _by_pieces(parameter) else None
 
     def rows(self, name: str, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
         """Rows [first, last) of a parameter as a matrix (see `Parameter.matrix`), float, dequantized.
@@ -210,7 +208,7 @@ class Parameters(Mapping[str, Parameter]):
         values, UnsupportedModelError for dtypes that are no weights.
         """
         parameter = self._parameters[name]
-        if parameter.stored and parameter.packing is None and (raw is not None or device() != "cuda"):
+        if _by_pieces(parameter):
             return self._at_hand(parameter).rows(first, last, raw)
         arrays = [array[first:last] for array in self._arrays(parameter)]
         if parameter.packing is None:
@@ -229,14 +227,17 @@ class Parameters(Mapping[str, Parameter]):
         """The arrays of a parameter as matrices, computed or read by MLX; those of the last one asked for are kept."""
         if self._current[0] != parameter.name:
             self._current = ("", [])
-            arrays = [self._load(parameter)] if parameter.stored and parameter.packing is None else []
-            if not arrays and not self._waiting.keys() >= {parameter.name}:
-                self._waiting = self._compute()
-            arrays = arrays or [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
+            whole = parameter.stored and parameter.packing is None
+            arrays = [self._load(parameter)] if whole else self._computed(parameter)
             matrices = [array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in arrays]
             mx.eval(matrices)
             self._current = (parameter.name, matrices)
         return self._current[1]
+
+    def _computed(self, parameter: Parameter) -> list[mx.array]:
+        if not self._waiting.keys() >= {parameter.name}:
+            self._waiting = self._compute()
+        return [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
 
     def _load(self, parameter: Parameter) -> mx.array:
         """A stored parameter, read when it is evaluated."""
@@ -296,6 +297,14 @@ class Parameters(Mapping[str, Parameter]):
             return set(sanitized(self._config, {n: b for n, b in blanks.items() if n not in without}))
         except CorruptCheckpointError:
             return set()
+
+
+def _by_pieces(parameter: Parameter) -> bool:
+    """Whether a parameter is read from its place a piece at a time, not computed, and not by MLX.
+
+    On CUDA MLX reads whole tensors: arrays that are handed to it there go through memory that moves page by page.
+    """
+    return parameter.stored is not None and parameter.packing is None and device() != "cuda"
 
 
 def _files(

@@ -135,9 +135,10 @@ class Source:
             "tensors": sorted(tensors),
         }
 
-    def origin(self) -> dict[str, str | None]:
-        """Name, commit and content hash, as a manifest records them."""
-        return {"name": self.repo or self.name, "revision": self.revision, "content_sha256": self.content_sha256}
+    def origin(self, hashes: Iterable[str] | None = None) -> dict[str, str | None]:
+        """Name, commit and content hash, as a manifest records them; hashes: of `content_files`, if known."""
+        content = self.content_sha256 if hashes is None else self.content_hash(hashes)
+        return {"name": self.repo or self.name, "revision": self.revision, "content_sha256": content}
 
 
 def file_sha256(path: Path, stopped: Event | None = None) -> str:

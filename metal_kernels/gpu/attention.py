@@ -11,7 +11,7 @@ import numpy as np
 from metal_kernels.gpu.hadamard import factors, odd_factor
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel, constant, made, number
+from metal_kernels.launch import SIMD, Kernel, constant, made, number, table
 from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
@@ -138,10 +138,9 @@ class HeadCode:
     def of(codebook: tuple[float, ...], group: int, signs: mx.array | None, block: int, size: int) -> "HeadCode":
         """The code of heads of `size` values in groups of `group`."""
         odd, power = factors(block)
-        padded = np.resize(np.array(codebook, np.float32), max(8, len(codebook)))
         return HeadCode(
             bits_of(codebook), size, group, odd, power, made(sign_bits(signs, size)), odd_factor(odd),
-            token_table(codebook), mx.array(padded),
+            token_table(codebook), table(codebook),
         )  # fmt: skip
 
 

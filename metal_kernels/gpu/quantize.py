@@ -1,11 +1,8 @@
 """Quantization on a GPU: one launch for scales, codes and packing."""
 
-from functools import cache
-
 import mlx.core as mx
-import numpy as np
 
-from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.launch import SIMD, Kernel, table
 from metal_kernels.layout import bits_of, groups, words
 from metal_kernels.reference import SEARCH_FACTORS
 
@@ -40,12 +37,6 @@ def quantize(x: mx.array, codebook: tuple[float, ...], group_size: int, search: 
     grouped = x.astype(mx.float32).reshape(count, group_size or width)
     constants = {"BITS": bits, "FACTORS": len(SEARCH_FACTORS) if search else 0, "SIMDGROUPS": SIMDGROUPS}
     outputs = [((rows, words(width, bits)), mx.uint32), ((rows, count // rows), mx.float16)]
-    inputs = [grouped, _table(codebook), _table(SEARCH_FACTORS)]
+    inputs = [grouped, table(codebook), table(SEARCH_FACTORS)]
     codes, scales = QUANTIZE.launch(inputs, outputs, (-(-count // SIMDGROUPS), 1), SIMD * SIMDGROUPS, constants)
     return codes, scales
-
-
-@cache
-def _table(numbers: tuple[float, ...]) -> mx.array:
-    """The numbers, repeated until they are long enough for Metal to put them where the other arrays are."""
-    return mx.array(np.resize(np.array(numbers, np.float32), max(8, len(numbers))))
