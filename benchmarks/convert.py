@@ -7,6 +7,7 @@ layers on a CPU, 64 on a GPU. The first conversion at each width, which compiles
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -35,6 +36,7 @@ def measure(work: Path, layers: int, file_mb: int, bits: list[int]) -> list[dict
     """A row for each method and width."""
     source = work / "source"
     write_random_llama(source, LARGE | {"num_hidden_layers": layers}, file_mb * 10**6)
+    os.sync()
     size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e6
 
     def affine(out: Path) -> None:

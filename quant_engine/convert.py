@@ -20,6 +20,7 @@ from quant_engine import blueprint
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, OutputError, RecipeError
+from quant_engine.file_hash import RunningHash, file_sha256
 from quant_engine.folded_parameters import parameters_of
 from quant_engine.journal import Journal, OutputFile
 from quant_engine.manifest import Manifest
@@ -35,7 +36,7 @@ from quant_engine.safetensors_file import (
     index_json,
 )
 from quant_engine.shards import DOWNLOADS, Shards, most_fetched, read_order
-from quant_engine.source import INDEX, SMALL_FILES, Source, file_sha256, peek
+from quant_engine.source import INDEX, SMALL_FILES, Source, peek
 
 _MADE_HERE = ("config.json", "README.md", INDEX)
 LARGEST_SCALE = 65504
@@ -91,9 +92,9 @@ def convert(
     config: the recipe, 3 bits in groups of 64 by default. dtype: "float32", "float16" or "bfloat16" for
     weights that are not quantized, by default each as it came, bit for bit. keep_unfitting: keep layers
     whose width the recipe does not fit instead of raising. progress is told bytes of the source. Memory
-    stays within a few pieces of 2^20 weights (2^23 on a GPU; on CUDA, one tensor on top), whatever the model's size;
-    where the recipe says fold_rotation, one layer's weight in float32 comes on top. Other threads read, write and hash
-    meanwhile; they have ended when it returns or raises.
+    stays within a few pieces of 2^20 weights (2^23 on a GPU; on CUDA, the tensors that these are pieces of on top),
+    whatever the model's size; where the recipe says fold_rotation, one layer's weight in float32 comes on top. Other
+    threads read, write and hash meanwhile; they have ended when it returns or raises.
 
     A repository's weights are fetched file by file, when they are needed, at one commit, and dropped when they are
     not needed any more; with keep_source they go to Hugging Face's cache and stay. What is in that cache already is
@@ -229,7 +230,8 @@ class _Weights:
         pool = self.threads.pieces
         finishing = pool.submit(bool)
         for file, specs in left.items():
-            with SafetensorsWriter(folder / file, specs, pool) as writer:
+            running = RunningHash(folder / file, pool)
+            with SafetensorsWriter(folder / file, specs, pool, running.whole) as writer:
                 write: Callable[[], object] = bool
                 for raw, begin in ahead(self._jobs(writer, origin, read_order(found, {file: specs})), pool):
                     begun = begin(raw)
@@ -237,7 +239,7 @@ class _Weights:
                     write = begun
                 write()
             finishing.result()
-            finishing = pool.submit(journal.add, file)
+            finishing = pool.submit(_finish, journal, file, running)
         finishing.result()
         origin.close()
         if len(shards) > 1:
@@ -303,6 +305,10 @@ class _Weights:
     def _count(self, name: str, first: int, last: int, what: str) -> None:
         rows, nbytes = self.found[name].matrix[0], self.found[name].nbytes
         self.meter.add(nbytes * last // rows - nbytes * first // rows, what)
+
+
+def _finish(journal: Journal, file: str, running: RunningHash) -> None:
+    journal.add(file, running.finish())
 
 
 def _check_scales(scales: NDArray[np.float16], rows: mx.array, path: str) -> None:

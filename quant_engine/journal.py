@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from quant_engine.file_hash import file_sha256
 from quant_engine.output_folder import sync
-from quant_engine.source import file_sha256
 
 JOURNAL = ".finished"
 
@@ -47,12 +46,9 @@ class Journal:
             elif path != self._path:
                 path.unlink()
 
-    def add(self, name: str) -> None:
-        """Flush a file that is written to the disk and note it. It is read for its hash, here and not again."""
-        with ThreadPoolExecutor(1) as beside:
-            flushing = beside.submit(sync, self._folder / name)
-            self.finished[name] = OutputFile.of(self._folder, name)
-            flushing.result()
+    def add(self, name: str, sha256: str) -> None:
+        """Note a file that is flushed to the disk, and its hash."""
+        self.finished[name] = OutputFile(name, (self._folder / name).stat().st_size, sha256)
         with open(self._path, "a", encoding="utf-8") as file:
             # A line that a power cut left unfinished ends where this one begins.
             file.write("\n" + json.dumps(self.finished[name]._asdict()) + "\n")

@@ -181,7 +181,7 @@ class Parameters(Mapping[str, Parameter]):
         places: where each is now, by the path that its tensors name. At first, all are where their tensors say.
         """
         self._places = dict(places)
-        self._opened: tuple[Path | None, dict[str, mx.array]] = None, {}
+        self._loaded: dict[str, mx.array] = {}
         self._waiting: dict[str, mx.array] = {}
         self._current: tuple[str, list[mx.array]] = ("", [])
 
@@ -196,10 +196,14 @@ class Parameters(Mapping[str, Parameter]):
     def raw_rows(self, name: str, first: int, last: int) -> NDArray[np.uint8] | None:
         """What `rows` can be given to make its values from, read now, in any thread; None where MLX reads or computes.
 
-        Raises as `rows` does.
+        Where MLX reads, it reads the whole parameter with the first row. Raises as `rows` does.
         """
         parameter = self[name]
-        return self._at_hand(parameter).raw_rows(first, last) if _by_pieces(parameter) else None
+        if _by_pieces(parameter):
+            return self._at_hand(parameter).raw_rows(first, last)
+        if parameter.stored and first == 0:
+            self._loaded[name] = self._load(parameter)
+        return None
 
     def rows(self, name: str, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
         """Rows [first, last) of a parameter as a matrix (see `Parameter.matrix`), float, dequantized.
@@ -227,8 +231,7 @@ class Parameters(Mapping[str, Parameter]):
         """The arrays of a parameter as matrices, computed or read by MLX; those of the last one asked for are kept."""
         if self._current[0] != parameter.name:
             self._current = ("", [])
-            whole = parameter.stored and parameter.packing is None
-            arrays = [self._load(parameter)] if whole else self._computed(parameter)
+            arrays = [self._whole(parameter)] if parameter.stored else self._computed(parameter)
             matrices = [array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in arrays]
             mx.eval(matrices)
             self._current = (parameter.name, matrices)
@@ -239,12 +242,15 @@ class Parameters(Mapping[str, Parameter]):
             self._waiting = self._compute()
         return [self._waiting.pop(name) for name in parameter.parts if name in self._waiting]
 
+    def _whole(self, parameter: Parameter) -> mx.array:
+        return self._loaded.pop(parameter.name) if parameter.name in self._loaded else self._load(parameter)
+
     def _load(self, parameter: Parameter) -> mx.array:
-        """A stored parameter, read when it is evaluated."""
+        """A parameter of a file, read now, in any thread: MLX evaluates in the thread in which it opened."""
         info = self._at_hand(parameter)
-        if self._opened[0] != info.path or info.name not in self._opened[1]:
-            self._opened = info.path, cast(dict[str, mx.array], mx.load(str(info.path)))
-        return self._opened[1].pop(info.name)
+        read = cast(dict[str, mx.array], mx.load(str(info.path)))[info.name]
+        mx.eval(read)
+        return read
 
     def _at_hand(self, parameter: Parameter) -> TensorInfo:
         info = cast(TensorInfo, parameter.stored)
@@ -264,7 +270,7 @@ class Parameters(Mapping[str, Parameter]):
         ready = {
             part
             for p in self._parameters.values()
-            if p.files <= self._places.keys() and not (p.stored and p.packing is None)
+            if p.files <= self._places.keys() and not p.stored
             for part in p.parts
         }
         return {name: array for name, array in made.items() if name in ready}
@@ -304,7 +310,7 @@ def _by_pieces(parameter: Parameter) -> bool:
 
     On CUDA MLX reads whole tensors: arrays that are handed to it there go through memory that moves page by page.
     """
-    return parameter.stored is not None and parameter.packing is None and device() != "cuda"
+    return parameter.stored is not None and device() != "cuda"
 
 
 def _files(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,12 +234,12 @@ class TensorSpec:
 def header_bytes(tensors: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     """A file's first bytes, padded to a multiple of 8, and each tensor's position in the file.
 
-    Wider dtypes come first, so that every tensor is aligned to its dtype.
+    Wider dtypes come first, so that every tensor is aligned to its dtype; else they stay in order.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offsets: dict[str, int] = {}
     position = 0
-    for spec in sorted(tensors, key=lambda t: (-SIZES[t.dtype], t.name)):
+    for spec in sorted(tensors, key=lambda t: -SIZES[t.dtype]):
         span = [position, position + spec.nbytes]
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
         offsets[spec.name] = position
@@ -259,15 +259,22 @@ class SafetensorsWriter:
     """Writes one file of tensors that are all announced first; their bytes come in any order, in pieces.
 
     With a `pool`, its threads write while the next pieces come. An error of theirs is raised by a later call, or when
-    the block ends.
+    the block ends. whole: told up to which position all bytes are written, as it moves on.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], pool: Executor | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[TensorSpec],
+        pool: Executor | None = None,
+        whole: Callable[[int], object] = bool,
+    ) -> None:
         header, self._positions = header_bytes(tensors)
         self._left = {spec.name: spec.nbytes for spec in tensors}
+        self._order = deque(sorted(self._left, key=lambda name: self._positions[name]))
         self._name = path.name
-        self._pool = pool
-        self._unwritten: deque[Future[None]] = deque()
+        self._pool, self._whole = pool, whole
+        self._unwritten: deque[tuple[Future[None], int]] = deque()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115
         self._put(header, 0)
 
@@ -282,17 +289,27 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{raw.nbytes} bytes for tensor {name} of {self._name}, which has room for {self._left.get(name, 0)}"
             )
-        self._put(raw.data, self._positions[name])
+        position = self._positions[name]
         self._positions[name] += raw.nbytes
         self._left[name] -= raw.nbytes
+        self._put(raw.data, position)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
         if self._pool is None:
             self._write(data, position)
             return
-        self._unwritten.append(self._pool.submit(self._write, data, position))
-        while len(self._unwritten) > UNWRITTEN:
-            self._unwritten.popleft().result()
+        while len(self._order) > 1 and not self._left[self._order[0]]:
+            self._order.popleft()
+        whole = self._positions[self._order[0]]
+        self._unwritten.append((self._pool.submit(self._write, data, position), whole))
+        self._settle(UNWRITTEN)
+
+    def _settle(self, count: int) -> None:
+        """Wait until at most `count` pieces are unwritten."""
+        while len(self._unwritten) > count:
+            written, whole = self._unwritten.popleft()
+            written.result()
+            self._whole(whole)
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data)
@@ -308,11 +325,10 @@ class SafetensorsWriter:
     ) -> None:
         """Write what is left; raises ValueError where announced tensors were not written whole."""
         with self._file:
-            wait(self._unwritten)
+            wait([written for written, _ in self._unwritten])
             if kind is not None:
                 return
-            for written in self._unwritten:
-                written.result()
+            self._settle(0)
             unfinished = [name for name, left in self._left.items() if left]
             if unfinished:
                 raise ValueError(f"tensors {', '.join(unfinished)} of {self._name} were not written whole")

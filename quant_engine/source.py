@@ -4,13 +4,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import cached_property
-from mmap import ACCESS_READ, mmap
-from os import SEEK_END
 from pathlib import Path
-from threading import Event
 from typing import Any, cast
 
 import huggingface_hub
@@ -22,6 +18,7 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
+from quant_engine.file_hash import file_sha256
 from quant_engine.manifest import Manifest
 from quant_engine.near import near
 from quant_engine.progress import Progress, silent
@@ -43,9 +40,6 @@ ALLOWED_FILES = (WEIGHTS, *SMALL_FILES)
 
 Headers = Callable[[Sequence[str]], Mapping[str, Mapping[str, TensorInfo]]]
 """Gives the tensors of safetensors files by file and name."""
-
-HASHED_BYTES = 2**23
-"""Of a file that are hashed in one go, and in memory meanwhile."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
@@ -139,20 +133,6 @@ class Source:
         """Name, commit and content hash, as a manifest records them; hashes: of `content_files`, if known."""
         content = self.content_sha256 if hashes is None else self.content_hash(hashes)
         return {"name": self.repo or self.name, "revision": self.revision, "content_sha256": content}
-
-
-def file_sha256(path: Path, stopped: Event | None = None) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises CancelledError where `stopped` is set meanwhile."""
-    total = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, SEEK_END)
-        for start in range(0, size, HASHED_BYTES):
-            if stopped is not None and stopped.is_set():
-                raise CancelledError
-            # Mapped, it is one call for a whole stretch: threads that compute keep a reading loop from its turns.
-            with mmap(file.fileno(), min(HASHED_BYTES, size - start), access=ACCESS_READ, offset=start) as stretch:
-                total.update(stretch)
-    return total.hexdigest()
 
 
 def resolve(ref: str | Path, *, revision: str | None = None, progress: Progress = silent) -> Source:

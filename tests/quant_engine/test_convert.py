@@ -23,10 +23,11 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
+from quant_engine.file_hash import file_sha256
 from quant_engine.manifest import Manifest
 from quant_engine.quantizer import QuantizedWeight, dequantize_weight, quantize_weight
 from quant_engine.residual import Residual
-from quant_engine.source import file_sha256, resolve
+from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_large_model, write_model
 
 UP = "model.layers.1.mlp.up_proj"

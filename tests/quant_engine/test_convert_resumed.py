@@ -16,8 +16,8 @@ import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
+from quant_engine.file_hash import file_sha256
 from quant_engine.journal import JOURNAL
-from quant_engine.source import file_sha256
 from tests.quant_engine.checkpoints import write_model
 
 LAB = Path(__file__).with_name("kill_lab.py")

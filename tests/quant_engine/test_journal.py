@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from quant_engine import journal
+from quant_engine.file_hash import file_sha256
 from quant_engine.journal import JOURNAL, Journal, OutputFile
 
 
@@ -10,7 +11,7 @@ def write(folder: Path, *names: str) -> Journal:
     made = Journal(folder)
     for name in names:
         (folder / name).write_text(name)
-        made.add(name)
+        made.add(name, file_sha256(folder / name))
     return made
 
 
@@ -37,7 +38,7 @@ def test_a_file_noted_twice_is_as_it_was_noted_last(tmp_path: Path) -> None:
     again = Journal(tmp_path)
     assert again.finished == {}
     (tmp_path / "a").write_text("newer")
-    again.add("a")
+    again.add("a", file_sha256(tmp_path / "a"))
     assert Journal(tmp_path).finished["a"].size_bytes == 5
 
 

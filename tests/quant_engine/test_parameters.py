@@ -2,6 +2,7 @@
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def test_on_cuda_mlx_reads_the_tensors_itself(tmp_path: Path, monkeypatch: pytes
     for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
         assert found.raw_rows(name, 3, 9) is None
         assert mx.array_equal(found.rows(name, 3, 9), plain._at_hand(plain[name]).rows(3, 9))
+
+
+def test_on_cuda_a_thread_reads_a_tensor_when_its_first_rows_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, name = parameters(write_model(tmp_path)), "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr("quant_engine.parameters.device", lambda: "cuda")
+    found = parameters(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(found.raw_rows, name, 0, 9).result() is None
+    monkeypatch.delattr(mx, "load")
+    assert found.raw_rows(name, 9, 20) is None
+    for first, last in ((0, 9), (9, 20)):
+        assert mx.array_equal(found.rows(name, first, last), plain._at_hand(plain[name]).rows(first, last))
 
 
 def test_on_cuda_values_that_are_no_numbers_are_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
-from quant_engine.source import file_sha256, resolve
+from quant_engine.file_hash import file_sha256
+from quant_engine.source import resolve
 from tests.quant_engine.checkpoints import write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

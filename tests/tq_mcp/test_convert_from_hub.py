@@ -9,7 +9,7 @@ import pytest
 
 from quant_engine.config import QuantConfig
 from quant_engine.errors import DownloadError
-from quant_engine.source import file_sha256
+from quant_engine.file_hash import file_sha256
 from tests.quant_engine.checkpoints import split, write_model
 from tests.quant_engine.local_hub import COMMIT, REPOSITORY, LocalHub, local_hub
 from tq_mcp.errors import explain

@@ -22,7 +22,8 @@ from quant_engine.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
-from quant_engine.source import Source, file_sha256
+from quant_engine.file_hash import file_sha256
+from quant_engine.source import Source
 from registry import RegistryError, open_registry
 from tests.tq_mcp.conftest import NAME
 from tq_mcp import loaded_model
