@@ -29,6 +29,7 @@ from quant_engine.fast_layers import fuse_feed_forward
 from quant_engine.fused_layer import fuse_decoder_layers
 from quant_engine.kv_cache import convert_cache_to_turboquant
 from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.model_step import fuse_model
 from quant_engine.rotation import choose_block
 
 EIGHT_B = LARGE | {
@@ -74,6 +75,7 @@ def random_turboquant(config: dict[str, Any], bits: int) -> nn.Module:
     model = loader.assemble(config, manifest, tensors, DTYPE, True)
     fuse_feed_forward(model)
     fuse_decoder_layers(model)
+    fuse_model(model)
     adapter.route(model)
     mx.eval(model.parameters())
     return model

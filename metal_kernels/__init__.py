@@ -30,7 +30,9 @@ from metal_kernels.dispatch import (
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.experts import Experts, expert_matmul
 from metal_kernels.feed_forward import feed_forward
-from metal_kernels.gpu.decoder_layer import CompiledLayer, TileLayer, position
+from metal_kernels.gpu.decode_attention import WAITING, Heads
+from metal_kernels.gpu.decode_attention import fits as decode_attention_fits
+from metal_kernels.gpu.decoder_layer import CompiledDecoding, CompiledLayer, Held, TileLayer, position
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.hadamard import rotate, unrotate
@@ -42,16 +44,20 @@ from metal_kernels.quantize import dequantize, quantize
 __all__ = [
     "BACKENDS",
     "HADAMARD_FACTORS",
+    "WAITING",
     "AffineWeight",
     "Attend",
     "Backend",
     "CacheCode",
+    "CompiledDecoding",
     "CompiledLayer",
     "DecoderLayer",
     "DenseWeight",
     "Experts",
     "Gpu",
     "HeadNorms",
+    "Heads",
+    "Held",
     "KernelError",
     "Mask",
     "Norm",
@@ -66,6 +72,7 @@ __all__ = [
     "attention_rows",
     "bits_of",
     "count_not_finite",
+    "decode_attention_fits",
     "decoder_layer",
     "dequantize",
     "device",

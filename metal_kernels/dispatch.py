@@ -20,7 +20,9 @@ from metal_kernels.gpu.products import GPUS
 Backend = Literal["metal", "cuda", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-_UNTRIED = frozenset(["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache", "quantize"])
+_UNTRIED = frozenset(
+    ["matmul", "expert_matmul", "feed_forward", "packed_attention", "pack_cache", "quantize", "decode_attention"]
+)
 _GPU = _UNTRIED | {"decoder_layer"}
 _KERNELS: dict[Backend, frozenset[str]] = {
     "metal": _GPU,

@@ -11,6 +11,7 @@ from metal_kernels import (
     DecoderLayer,
     Gpu,
     HeadNorms,
+    Heads,
     Mask,
     Norm,
     TileLayer,
@@ -126,12 +127,13 @@ def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: Fe
         return None
     input_norm, norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
     dtype = norm.weight.dtype
-    of_heads = (own.q_norm, own.k_norm) if "q_norm" in own else None
+    of_heads = (_norm(own.q_norm), _norm(own.k_norm)) if "q_norm" in own else None
+    size = qkv.rows // (own.n_heads + 2 * own.n_kv_heads)
+    heads = Heads(own.n_heads, own.n_kv_heads, size, own.scale, of_heads)
     layer = TileLayer(
-        input_norm, norm, qkv, _bias(stacked, dtype), (_norm(of_heads[0]), _norm(of_heads[1])) if of_heads else None,
-        own.rope, o, _bias(out, dtype), gate_up, down, own.n_heads, own.n_kv_heads, gpu,
-    )  # fmt: skip
-    return GpuStep(layer, own.scale)
+        input_norm, norm, qkv, _bias(stacked, dtype), heads, own.rope, o, _bias(out, dtype), gate_up, down, gpu
+    )
+    return GpuStep(layer)
 
 
 def _norm(norm: Any) -> Norm:

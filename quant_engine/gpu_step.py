@@ -17,8 +17,8 @@ class GpuStep:
     layer is called with another input or at another position, it makes its own.
     """
 
-    def __init__(self, layer: TileLayer, scale: float) -> None:
-        self._layer, self._scale = CompiledLayer(layer), scale
+    def __init__(self, layer: TileLayer) -> None:
+        self.layer, self._layer, self._scale = layer, CompiledLayer(layer), layer.heads.scale
         self._following: GpuStep | None = None
         self._waiting: tuple[mx.array, int, Heads] | None = None
 

@@ -22,6 +22,7 @@ from quant_engine.codebook import lloyd_max, uniform
 from quant_engine.config import GROUP_SIZES, CacheConfig
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.token_store import Array, TokenStore, stored
+from quant_engine.waiting_cache import give_back
 
 STEP = 256
 """Tokens by which storage grows, as mlx-lm's."""
@@ -314,7 +315,7 @@ def convert_cache_to_turboquant(
     if tq_bits is not None:
         k_bits = v_bits = tq_bits
     config = CacheConfig(k_bits, v_bits, group_size, sink_tokens, recent_tokens, boundary_layers, seed)
-    plain = [i for i, layer in enumerate(cache) if type(layer) is mlx_lm_cache.KVCache]
+    plain = [i for i, layer in enumerate(cache) if type(give_back(layer)) is mlx_lm_cache.KVCache]
     chosen = set(plain[boundary_layers : len(plain) - boundary_layers])
     if not chosen:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache})) or "none"

@@ -25,6 +25,7 @@ from quant_engine.linear import (
     packed_weight,
 )
 from quant_engine.manifest import Manifest, ModuleEntry
+from quant_engine.model_step import fuse_model
 from quant_engine.parameters import sanitized
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight
@@ -88,6 +89,7 @@ def load_source(source: Source, *, dtype: str | None = None, fuse: bool = True, 
         adapter.match_norms(model, active)
     if fuse:
         fuse_decoder_layers(model)
+        fuse_model(model)
     adapter.route(model)
     mx.eval(model.parameters())
     return model

@@ -244,6 +244,9 @@ def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
 PLAIN_LAYERS = (llama.TransformerBlock, qwen2.TransformerBlock, qwen3.TransformerBlock)
 """Layers of mlx-lm that are attention and a feed-forward layer, each after a norm and added, and nothing else."""
 
+PLAIN_MODELS = (llama.LlamaModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
+"""Models of mlx-lm that are embeddings, such layers one after another, and a norm."""
+
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "swiglu"}
 """All names that the call of a gated feed-forward layer uses, in the models mlx-lm has."""
 

@@ -19,7 +19,7 @@ class Rotary:
     """The cosines and sines by which a rotary embedding turns value i of a head with value i + size / 2."""
 
     def __init__(self, rope: Rope, size: int) -> None:
-        self._rope, self._size = rope, size
+        self.rope, self._size = rope, size
         self._table = self._compute(FIRST_POSITIONS)
 
     @classmethod
@@ -49,7 +49,7 @@ class Rotary:
         """What the module makes of heads whose first half is one and whose second half is zero."""
         half = self._size // 2
         x = mx.broadcast_to((mx.arange(self._size) < half).astype(mx.float32), (1, 1, positions, self._size))
-        turned = writable(self._rope(mx.contiguous(x), offset=0))[0, 0]
+        turned = writable(self.rope(mx.contiguous(x), offset=0))[0, 0]
         return np.ascontiguousarray(turned[:, :half]), np.ascontiguousarray(turned[:, half:])
 
 

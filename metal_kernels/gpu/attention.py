@@ -24,7 +24,7 @@ THREADGROUPS = 528
 
 SOURCES = (
     *("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "tokens.metal"),
-    *("attention.metal", "attention_units.metal"),
+    *("softmax.metal", "attention.metal", "attention_units.metal"),
 )
 
 ATTEND = Kernel(

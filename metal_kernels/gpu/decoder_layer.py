@@ -1,15 +1,19 @@
 """A decoder layer of few positions on a GPU in as few launches as its steps allow, each side of attention one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
 
+from metal_kernels.gpu.decode_attention import Heads, decode_attention
 from metal_kernels.gpu.products import FEW_ROWS, Gpu, gated, multiply
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
-from metal_kernels.launch import number
+from metal_kernels.launch import made, number
+
+Held = tuple[mx.array, mx.array, mx.array]
+"""Of one layer: what waits, keys and values, as `decode_attention` takes them."""
 
 Rope = Callable[[mx.array, mx.array], mx.array]
 """Rotary embedding of heads (B, heads, L, size) from a position on, which is an array."""
@@ -19,21 +23,19 @@ Rope = Callable[[mx.array, mx.array], mx.array]
 class TileLayer:
     """The weights of a pre-norm layer in tiles, as Llama has it: attention, then a gated feed-forward layer.
 
-    qkv stacks queries, keys and values; biases are (out,) or None; head_norms are those of queries and keys.
+    qkv stacks queries, keys and values; biases are (out,) or None.
     """
 
     input_norm: Norm
     feed_forward_norm: Norm
     qkv: TileWeight
     qkv_bias: mx.array | None
-    head_norms: tuple[Norm, Norm] | None
+    heads: Heads
     rope: Rope
     o: TileWeight
     o_bias: mx.array | None
     gate_up: TileWeight
     down: TileWeight
-    heads: int
-    kv_heads: int
     gpu: Gpu
 
     @property
@@ -42,25 +44,39 @@ class TileLayer:
         return self.input_norm.weight.dtype
 
     def before(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """What attention takes of x (B, L, width): queries (B, heads, L, size), keys and values (B, kv_heads, L, size).
+        """What attention takes of x (B, L, width): queries (B, count, L, size), keys and values (B, kv_count, L, size).
 
         offset: the first position, an integer in an array.
         """
-        together = self.heads + self.kv_heads
-        stacked = multiply(x, self.qkv, self.gpu, self.input_norm, self.qkv_bias)
-        all_heads = stacked.reshape(*x.shape[:2], together + self.kv_heads, -1).transpose(0, 2, 1, 3)
+        count, together = self.heads.count, self.heads.count + self.heads.kv_count
+        all_heads = self._stacked(x).reshape(*x.shape[:2], -1, self.heads.size).transpose(0, 2, 1, 3)
         values = all_heads[:, together:]
-        if self.head_norms is None:
+        if self.heads.norms is None:
             turned = self.rope(all_heads[:, :together], offset)
-            return turned[:, : self.heads], turned[:, self.heads :], values
-        of_queries, of_keys = self.head_norms
-        queries, keys = of_queries(all_heads[:, : self.heads]), of_keys(all_heads[:, self.heads : together])
+            return turned[:, :count], turned[:, count:], values
+        of_queries, of_keys = self.heads.norms
+        queries, keys = of_queries(all_heads[:, :count]), of_keys(all_heads[:, count:together])
         return self.rope(queries, offset), self.rope(keys, offset), values
 
     def after(self, x: mx.array, attended: mx.array) -> mx.array:
-        """The layer's output for its input x (B, L, width) and attention's (B, heads, L, size)."""
-        mixed = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-        middle = multiply(mixed, self.o, self.gpu, added=x)
+        """The layer's output for its input x (B, L, width) and attention's (B, count, L, size)."""
+        return self._mixed(x, attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+
+    def decode(
+        self, x: mx.array, turns: mx.array, held: Held, before: mx.array, waits: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The layer's output (B, width) for one position of each batch entry, and what waits then.
+
+        Arguments as `decode_attention` has them; `before` and `waits` are numbers of tokens.
+        """
+        seen, joined = decode_attention(self._stacked(x), turns, *held, before, waits, self.heads)
+        return self._mixed(x, seen), joined
+
+    def _stacked(self, x: mx.array) -> mx.array:
+        return multiply(x, self.qkv, self.gpu, self.input_norm, self.qkv_bias)
+
+    def _mixed(self, x: mx.array, attended: mx.array) -> mx.array:
+        middle = multiply(attended, self.o, self.gpu, added=x)
         if self.o_bias is not None:
             middle = middle + self.o_bias
         return gated(middle, self.gate_up, self.down, self.gpu, self.feed_forward_norm, middle)
@@ -90,6 +106,43 @@ class CompiledLayer:
     def takes(self, x: mx.array) -> bool:
         """Whether x (B, L, width) has few enough positions, in the right precision."""
         return x.dtype == self.dtype and x.shape[0] * x.shape[1] <= FEW_ROWS
+
+
+class CompiledDecoding:
+    """All layers of a model for one new token of each batch entry, then its norm, as one call.
+
+    MLX compiles it again where the batch or the room that caches have is another.
+    """
+
+    def __init__(self, layers: Sequence[TileLayer], norm: Norm) -> None:
+        self.dtype, self.heads = norm.weight.dtype, [layer.heads for layer in layers]
+        self._layers, self._norm = layers, norm
+        self._ropes = {id(layer.rope): layer.rope for layer in layers}
+        self._run: Callable[..., tuple[mx.array, ...]] = mx.compile(self._step)
+
+    def __call__(
+        self, x: mx.array, offset: int, before: int, waits: int, held: Sequence[Held]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The normalised output (B, width) for x (B, width) at position `offset`, and what waits in each layer then.
+
+        before: tokens that keys and values hold; waits: those that wait.
+        """
+        y, *joined = self._run(x, position(offset), number(before), number(waits), *(a for one in held for a in one))
+        return y, joined
+
+    def _step(self, x: mx.array, offset: mx.array, before: mx.array, waits: mx.array, *held: mx.array):
+        turns = {key: self._turns(rope, offset) for key, rope in self._ropes.items()}
+        waiting = list[mx.array]()
+        for layer, *own in zip(self._layers, held[::3], held[1::3], held[2::3], strict=True):
+            x, joined = layer.decode(x, turns[id(layer.rope)], (own[0], own[1], own[2]), before, waits)
+            waiting.append(joined)
+        return self._norm(x), *waiting
+
+    def _turns(self, rope: Rope, offset: mx.array) -> mx.array:
+        """Cosines and sines by which a position turns values: what becomes of a head of ones, then zeros."""
+        size = self.heads[0].size
+        head = made((mx.arange(size) < size // 2).astype(mx.float32))
+        return rope(head.reshape(1, 1, 1, size), offset).reshape(size)
 
 
 @lru_cache(maxsize=4)

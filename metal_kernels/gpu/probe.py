@@ -7,8 +7,9 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels import reference
-from metal_kernels.gpu import attention, experts, products, quantize, tiles
+from metal_kernels.gpu import attention, decode_attention, experts, products, quantize, tiles
 from metal_kernels.gpu.products import Gpu
+from metal_kernels.launch import number
 
 TOLERANCE = 0.02
 """Of the largest value: what rounding to float16 leaves far below, and a wrong lane does not."""
@@ -108,6 +109,20 @@ def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
     return ours, reference.unrotate(right, _signs(), WIDTH)
 
 
+def _decoding(_: Gpu) -> tuple[mx.array, mx.array]:
+    heads, held, room = decode_attention.Heads(4, 2, WIDTH, WIDTH**-0.5, None), TOKENS - 4, 2 * TOKENS
+    tokens = _activations(1, 2, 2, TOKENS).transpose(1, 0, 2, 3, 4)
+    keys, values = (mx.pad(x[:, :, :held], [(0, 0), (0, 0), (0, room - held), (0, 0)]) for x in tokens)
+    waits = mx.pad(tokens[:, :, :, held:], [(0, 0)] * 3 + [(0, decode_attention.WAITING - 4), (0, 0)])
+    stacked, turns = _activations(8).reshape(1, -1), mx.repeat(mx.array([1.0, 0.0]), WIDTH // 2)
+    before, few = number(held), number(TOKENS - held)
+    ours = decode_attention.decode_attention(stacked, turns, waits, keys, values, before, few, heads)[0]
+    q, new = stacked.reshape(1, 8, 1, WIDTH)[:, :4], stacked.reshape(1, 4, 2, 1, WIDTH)[:, 2:].transpose(1, 0, 2, 3, 4)
+    k, v = mx.concatenate([tokens, new], axis=3).astype(mx.float32)
+    right = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), k, v, scale=heads.scale)
+    return ours, right.reshape(ours.shape)
+
+
 _CASES: Mapping[str, Callable[[Gpu], tuple[mx.array, mx.array]]] = {
     "matmul": _product,
     "feed_forward": _gated,
@@ -115,4 +130,5 @@ _CASES: Mapping[str, Callable[[Gpu], tuple[mx.array, mx.array]]] = {
     "pack_cache": _packing,
     "quantize": _quantizing,
     "packed_attention": _attention,
+    "decode_attention": _decoding,
 }

@@ -7,9 +7,6 @@
 
 namespace turboquant {
 
-// Below every score; infinities would make differences that are no numbers.
-CONSTANT float NOTHING = -3.4e38f;
-
 template <bool FIRST, typename ONE, typename TWO>
 struct Choose {
   using Type = ONE;
@@ -50,15 +47,6 @@ struct Sight {
     return value;
   }
 };
-
-// The factor that the sums so far shrink by when the maximum goes from `before` to `now`.
-inline float shrink(float before, float now) {
-  return before == now ? 1.0f : power_of_two(before - now);
-}
-
-inline float weight_of(float score, float most) {
-  return score == NOTHING ? 0.0f : power_of_two(score - most);
-}
 
 template <int SIZE>
 inline uint pair_of_row(Shared<float> values, Shared<float> factors, uint row, uint column) {
@@ -255,75 +243,17 @@ inline void rotate_queries(Device<const T> queries, Device<const uint> signs, De
   barrier();
 }
 
-// What the threadgroup's simdgroups found, as one: maxima and totals (SIMDGROUPS, ROWS); the new maximum and total of a
-// row take the place of the first simdgroup's, and `factors` (SIMDGROUPS, ROWS) what each one's sums shrink by.
-template <int ROWS, int SIMDGROUPS>
-inline void join(Shared<float> maxima, Shared<float> totals, Shared<float> factors, uint index) {
-  barrier();
-  if (index < uint(ROWS)) {
-    float most = NOTHING, total = 0;
-    for (int s = 0; s < SIMDGROUPS; s++) {
-      most = larger(most, maxima[s * ROWS + index]);
-    }
-    for (int s = 0; s < SIMDGROUPS; s++) {
-      float factor = weight_of(maxima[s * ROWS + index], most);
-      factors[s * ROWS + index] = factor;
-      total += factor * totals[s * ROWS + index];
-    }
-    maxima[index] = most;
-    totals[index] = total;
-  }
-  barrier();
-}
-
-// Adds up the parts of one row, a simdgroup every SIMDGROUPSth: sums (parts, SIZE), stats (parts, 2) of maxima and totals.
-// Turns the result back. shared: SIMDGROUPS * SIZE floats.
+// Adds up the parts of one row, see `add_parts`, and turns the result back.
 template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, typename T>
 inline void join_parts(Device<const float> sums, Device<const float> stats, Device<const float> sinks,
                        Device<const uint> signs, Device<const float> matrix, Device<T> out, Shared<float> shared,
                        uint parts, uint head, uint index) {
-  constexpr int EACH = (SIZE + 31) / 32, THREADS = 32 * SIMDGROUPS;
-  uint lane = index % 32, simdgroup = index / 32;
-  float sink = SINKS ? sinks[head] * 1.44269504f : NOTHING, most = sink, total = 0;
-  for (uint i = lane; i < parts; i += 32) {
-    most = larger(most, stats[2 * i]);
-  }
-  most = greatest_over_lanes(most);
-  for (uint i = lane; i < parts; i += 32) {
-    total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
-  }
-  total = sum_over_lanes(total) + weight_of(sink, most);
-  float mine[EACH];
-  UNROLL
-  for (int c = 0; c < EACH; c++) {
-    mine[c] = 0;
-  }
-  for (uint i = simdgroup; i < parts; i += SIMDGROUPS) {
-    float weight = weight_of(stats[2 * i], most);
-    UNROLL
-    for (int c = 0; c < EACH; c++) {
-      uint column = lane + 32 * c;
-      mine[c] += column < uint(SIZE) ? weight * sums[i * SIZE + column] : 0.0f;
-    }
-  }
-  UNROLL
-  for (int c = 0; c < EACH; c++) {
-    if (lane + 32 * c < uint(SIZE)) {
-      shared[simdgroup * SIZE + lane + 32 * c] = mine[c];
-    }
-  }
-  barrier();
-  for (uint column = index; column < uint(SIZE); column += THREADS) {
-    float sum = 0;
-    UNROLL
-    for (int s = 0; s < SIMDGROUPS; s++) {
-      sum += shared[s * SIZE + column];
-    }
-    shared[column] = total > 0 ? sum / (total * sqrt(float(ODD * POWER))) : 0.0f;
-  }
+  constexpr int THREADS = 32 * SIMDGROUPS;
+  add_parts<SIZE, SIMDGROUPS>(sums, stats, SINKS ? sinks[head] * 1.44269504f : NOTHING, shared, parts, index);
   transform_heads<ODD, POWER, true, THREADS>(shared, matrix, SIZE, index);
+  float factor = 1 / sqrt(float(ODD * POWER));
   for (uint column = index; column < uint(SIZE); column += THREADS) {
-    out[column] = static_cast<T>(signed_by(signs, column, shared[column]));
+    out[column] = static_cast<T>(signed_by(signs, column, factor * shared[column]));
   }
 }
 

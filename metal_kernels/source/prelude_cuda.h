@@ -279,4 +279,10 @@ __device__ inline void copy_vector(Device<T> to, Shared<T> from) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
 }
 
+
+template <typename T>
+__device__ inline void copy_vector(Device<T> to, Device<const T> from) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
 } // namespace turboquant

@@ -258,4 +258,12 @@ inline void copy_vector(Device<T> to, Shared<T> from) {
   }
 }
 
+
+template <typename T>
+inline void copy_vector(Device<T> to, Device<const T> from) {
+  for (uint i = 0; i < 16 / sizeof(T); i++) {
+    to[i] = from[i];
+  }
+}
+
 } // namespace turboquant

@@ -128,4 +128,10 @@ inline void multiply_eights(thread float& first, thread float& second, uint a, u
   second = sums.thread_elements()[1];
 }
 
+// 16 bytes.
+template <typename T>
+inline void copy_vector(Device<T> to, Device<const T> from) {
+  *reinterpret_cast<Device<uint4>>(to) = *reinterpret_cast<Device<const uint4>>(from);
+}
+
 } // namespace turboquant

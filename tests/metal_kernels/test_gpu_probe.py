@@ -11,7 +11,9 @@ from metal_kernels.gpu import probe
 from metal_kernels.launch import Kernel
 from tests.metal_kernels.test_gpu_kernels import on_machine
 
-OPERATIONS = ["matmul", "feed_forward", "expert_matmul", "pack_cache", "packed_attention", "quantize"]
+OPERATIONS = [
+    *("matmul", "feed_forward", "expert_matmul", "pack_cache", "packed_attention", "quantize", "decode_attention"),
+]
 
 
 @pytest.fixture(autouse=True)

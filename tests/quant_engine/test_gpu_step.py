@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from metal_kernels import Norm, TileLayer, quantize, reference
+from metal_kernels import Heads, Norm, TileLayer, quantize, reference
 from metal_kernels.gpu import tiles
 from quant_engine.codebook import lloyd_max
 from quant_engine.gpu_step import GpuStep
@@ -44,8 +44,8 @@ class Layer:
         norms = [1 + 0.1 * mx.random.normal((WIDTH,), key=mx.random.key(seed + i)) for i in (50, 51)]
         first, second = (Norm(norm.astype(mx.float16), 1e-5) for norm in norms)
         layer = TileLayer(
-            first, second, arranged["qkv"], None, None, nn.RoPE(SIZE), arranged["o"], None, arranged["gate_up"],
-            arranged["down"], HEADS, KV_HEADS, "metal",
+            first, second, arranged["qkv"], None, Heads(HEADS, KV_HEADS, SIZE, SCALE, None), nn.RoPE(SIZE),
+            arranged["o"], None, arranged["gate_up"], arranged["down"], "metal",
         )  # fmt: skip
         return Layer(layer, matrices, norms)
 
@@ -68,7 +68,7 @@ def layers() -> list[Layer]:
 
 
 def steps_of(layers: list[Layer]) -> list[GpuStep]:
-    steps = [GpuStep(layer.tiles, SCALE) for layer in layers]
+    steps = [GpuStep(layer.tiles) for layer in layers]
     steps[0].follow_with(steps[1])
     return steps
 
@@ -96,7 +96,7 @@ def test_layers_in_steps_equal_the_plain_ones(tmp_path: Path, layers: list[Layer
 def test_what_waits_for_another_input_or_position_is_not_taken(tmp_path: Path, layers: list[Layer]) -> None:
     def run() -> list[mx.array]:
         steps, (x, other, _) = steps_of(layers), inputs()
-        alone = GpuStep(layers[1].tiles, SCALE)
+        alone = GpuStep(layers[1].tiles)
         y = steps[0](x, None, KVCache())
         made = [steps[1](other, None, KVCache()), alone(other, None, KVCache())]
         steps[0](x, None, KVCache())

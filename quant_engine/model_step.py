@@ -1,0 +1,83 @@
+"""All layers of a model in one call where a GPU decodes one token at a time."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from metal_kernels import CompiledDecoding, Heads, Held, Norm, TileLayer, decode_attention_fits, has_kernel
+from quant_engine.gpu_step import GpuStep
+from quant_engine.mlx_lm_adapter import PLAIN_MODELS, backbone
+from quant_engine.rotary import Rotary, shared
+from quant_engine.waiting_cache import WaitingKVCache, lend, same_length
+
+MOST_ENTRIES = 8
+"""Of a batch: those that the kernels of one launch take."""
+
+
+class ModelStep:
+    """The layers of a model and its norm, for one new token of each batch entry, over mlx-lm's plain caches."""
+
+    def __init__(self, layers: Sequence[TileLayer], norm: Norm) -> None:
+        self._run = CompiledDecoding(layers, norm)
+
+    def takes(self, x: mx.array, caches: Sequence[Any] | None) -> bool:
+        """Whether x is (B, 1, width), and every cache holds some tokens already, equally many."""
+        if caches is None or x.shape[1] != 1 or x.shape[0] > MOST_ENTRIES or x.dtype != self._run.dtype:
+            return False
+        known = all(map(self._knows, caches, self._run.heads)) and same_length(caches)
+        return known and all(map(has_kernel, ("decode_attention", "decoder_layer", "feed_forward")))
+
+    def __call__(self, x: mx.array, caches: Sequence[KVCache]) -> mx.array:
+        """The model's output (B, 1, width), normalised, for x (B, 1, width); the caches have a token more then."""
+        lent = [lend(cache) for cache in caches]
+        held: list[Held] = [cache.held for cache in lent]
+        y, waiting = self._run(x[:, 0], lent[0].offset, lent[0].before, lent[0].waits, held)
+        for cache, joined in zip(lent, waiting, strict=True):
+            cache.join(joined)
+        return y[:, None]
+
+    def _knows(self, cache: Any, heads: Heads) -> bool:
+        if type(cache) is WaitingKVCache:
+            return True
+        if type(cache) is not KVCache or cache.keys is None or cache.values is None:
+            return False
+        keys, values = cache.keys, cache.values
+        return keys.dtype == values.dtype == self._run.dtype and keys.shape[1::2] == (heads.kv_count, heads.size)
+
+
+def fuse_model(model: nn.Module) -> bool:
+    """Let a model whose layers are all fused decode in one call; returns whether it does.
+
+    It keeps its own call where the kernels do not take its heads, or its rotary embeddings are others than those that
+    turn value i of a head with value i + size / 2.
+    """
+    inner = backbone(model)
+    if type(inner) not in PLAIN_MODELS or getattr(inner, "pipeline_size", 1) > 1:
+        return False
+    module, layers, rotaries = cast(Any, inner), list[TileLayer](), list[Rotary]()
+    for block in module.layers:
+        step = getattr(block, "_step", None)
+        if not isinstance(step, GpuStep) or getattr(block, "use_sliding", False):
+            return False
+        rotary = Rotary.of(step.layer.rope, step.layer.heads.size)
+        if rotary is None or not decode_attention_fits(step.layer.heads):
+            return False
+        layers.append(replace(step.layer, rope=shared(rotary, rotaries).rope))
+    module._step = ModelStep(layers, Norm(module.norm.weight, module.norm.eps))
+    module.__class__ = _stepping(cast(type[nn.Module], type(module)))
+    return True
+
+
+def _stepping(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of model whose call is its step's, where that takes it."""
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        takes = self._step.takes(x, cache)
+        return cast(mx.array, self._step(x, cache) if takes else kind.__call__(self, inputs, cache, x))
+
+    return type(kind.__name__, (kind,), {"__call__": call})

@@ -1,0 +1,145 @@
+"""A model's layers in one call on an emulated GPU, token after token, against the same layers one by one."""
+
+import copy
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+
+from metal_kernels import Norm
+from metal_kernels.gpu import decode_attention
+from quant_engine import model_step, waiting_cache
+from quant_engine.kv_cache import convert_cache_to_turboquant
+from quant_engine.model_step import ModelStep
+from quant_engine.waiting_cache import WaitingKVCache, give_back, lend, same_length
+from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.quant_engine.test_gpu_step import KV_HEADS, SIZE, WIDTH, Layer
+
+PROMPT = 3
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    return [Layer.of(1), Layer.of(2)]
+
+
+def caches(dtype: mx.Dtype = mx.float16) -> list[KVCache]:
+    """Two that hold the keys and values of PROMPT tokens."""
+    made = [KVCache(), KVCache()]
+    for i, cache in enumerate(made):
+        tokens = mx.random.normal((2, 1, KV_HEADS, PROMPT, SIZE), key=mx.random.key(i)).astype(dtype)
+        cache.update_and_fetch(tokens[0], tokens[1])
+    return made
+
+
+def tokens(count: int) -> list[mx.array]:
+    return [mx.random.normal((1, 1, WIDTH), key=mx.random.key(i)).astype(mx.float16) for i in range(count)]
+
+
+def test_a_model_in_one_call_equals_its_layers_one_by_one(
+    tmp_path: Path, layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for two tokens to wait, so that five are written twice meanwhile."""
+    monkeypatch.setattr(decode_attention, "WAITING", 2)
+    monkeypatch.setattr(waiting_cache, "WAITING", 2)
+    monkeypatch.setattr(model_step, "has_kernel", lambda _: True)
+    norm = Norm(mx.ones(WIDTH, mx.float16), 1e-5)
+    held: list[tuple[int, mx.array, mx.array]] = []
+
+    def run() -> list[mx.array]:
+        step, own, made = ModelStep([layer.tiles for layer in layers], norm), caches(), list[mx.array]()
+        for x in tokens(5):
+            assert step.takes(x, own)
+            made.append(step(x, own))
+        held[:] = [
+            (cache.offset, cache.keys[:, :, : cache.offset], cache.values[:, :, : cache.offset]) for cache in own
+        ]
+        return made
+
+    found, plain = on_machine(tmp_path, run), caches(mx.float32)
+    for x, y in zip(tokens(5), found, strict=True):
+        right = layers[1].plain(layers[0].plain(x.astype(mx.float32), plain[0]), plain[1])
+        right = mx.fast.rms_norm(right, None, 1e-5)
+        assert mx.abs(y - right).max() < 5e-3 * mx.abs(right).max()
+    for (length, keys, values), cache in zip(held, plain, strict=True):
+        assert length == cache.offset == PROMPT + 5
+        for ours, theirs in ((keys, cache.keys), (values, cache.values)):
+            assert mx.abs(ours - theirs[:, :, :length]).max() < 1e-2
+
+
+def lent(waits: int) -> WaitingKVCache:
+    """A cache of PROMPT tokens and `waits` that wait, all ones, then twos, and so on."""
+    made = lend(caches()[0])
+    for number in range(1, waits + 1):
+        waiting, at = made.held[0], mx.arange(decode_attention.WAITING) == number - 1
+        made.join(mx.where(at[:, None], number, waiting).astype(mx.float16))
+    return made
+
+
+def test_whoever_asks_a_lent_cache_for_its_content_gets_all_of_it(tmp_path: Path) -> None:
+    plain = caches()[0]
+    for number in (1, 2):
+        plain.update_and_fetch(*(mx.full((1, KV_HEADS, 1, SIZE), number, mx.float16) for _ in range(2)))
+    expected = plain.keys_and_values()
+
+    def same(cache: KVCache, length: int = PROMPT + 2) -> None:
+        assert cache.offset == length
+        for ours, theirs in zip(cache.keys_and_values(), expected, strict=True):
+            assert mx.array_equal(ours, theirs[:, :, :length])
+
+    same(lent(2))
+    same(copy.deepcopy(lent(2)))
+    shorter = lent(2)
+    assert shorter.trim(1) == 1
+    same(shorter, PROMPT + 1)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [lent(2)])
+    same(load_prompt_cache(str(tmp_path / "cache.safetensors"))[0])
+    longer = lent(1)
+    keys, _ = longer.update_and_fetch(*(mx.full((1, KV_HEADS, 1, SIZE), 2, mx.float16) for _ in range(2)))
+    assert mx.array_equal(keys, expected[0])
+    same(longer)
+    [compressed] = convert_cache_to_turboquant([lent(2)], tq_bits=4, group_size=0)
+    assert compressed.offset == PROMPT + 2
+    replaced = lent(1)
+    replaced.state = plain.state
+    assert type(replaced) is KVCache
+    same(replaced)
+
+
+def test_a_branch_of_a_lent_cache_goes_on_by_itself() -> None:
+    one = lent(1)
+    two = copy.deepcopy(one)
+    assert isinstance(two, WaitingKVCache)
+    one.join(one.held[0] + 1)
+    assert (one.waits, two.waits) == (2, 1)
+    assert give_back(two).offset == PROMPT + 1
+
+
+def test_room_grows_by_a_share_of_what_is_there() -> None:
+    cache = KVCache()
+    cache.update_and_fetch(*(mx.zeros((1, 1, 2048, 8)) for _ in range(2)))
+    for _ in range(decode_attention.WAITING + 1):
+        own = lend(cache)
+        own.join(own.held[0])
+    assert give_back(cache).keys.shape[2] == 2048 + 512
+
+
+def test_a_step_takes_plain_caches_of_one_length_and_one_token(
+    layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_step, "has_kernel", lambda _: True)
+    step = ModelStep([layer.tiles for layer in layers], Norm(mx.ones(WIDTH, mx.float16), 1e-5))
+    [x] = tokens(1)
+    assert step.takes(x, caches())
+    other = [*caches()[:1], caches()[1]]
+    other[1].trim(1)
+    refused = {
+        "no cache": (x, None), "empty caches": (x, [KVCache(), KVCache()]), "unequal": (x, other),
+        "two tokens": (mx.concatenate([x, x], axis=1), caches()), "float32": (x.astype(mx.float32), caches()),
+        "caches in float32": (x, caches(mx.float32)),
+        "compressed": (x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0)),
+    }  # fmt: skip
+    for name, (given, own) in refused.items():
+        assert not step.takes(given, own), name
+    assert not same_length([lend(caches()[0]), caches()[1], lent(1)])
