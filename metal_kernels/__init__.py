@@ -6,6 +6,7 @@ from metal_kernels.attention import (
     Mask,
     attention,
     attention_rows,
+    gpu_codes,
     pack_cache,
     pack_cache_rows,
     packed_attention,
@@ -30,7 +31,7 @@ from metal_kernels.dispatch import (
 from metal_kernels.errors import KernelError, ShapeError
 from metal_kernels.experts import Experts, expert_matmul
 from metal_kernels.feed_forward import feed_forward
-from metal_kernels.gpu.decode_attention import WAITING, Heads
+from metal_kernels.gpu.decode_attention import WAITING, Codes, Heads
 from metal_kernels.gpu.decode_attention import fits as decode_attention_fits
 from metal_kernels.gpu.decoder_layer import CompiledDecoding, CompiledLayer, Held, TileLayer, position
 from metal_kernels.gpu.products import Gpu
@@ -49,6 +50,7 @@ __all__ = [
     "Attend",
     "Backend",
     "CacheCode",
+    "Codes",
     "CompiledDecoding",
     "CompiledLayer",
     "DecoderLayer",
@@ -79,6 +81,7 @@ __all__ = [
     "embed",
     "expert_matmul",
     "feed_forward",
+    "gpu_codes",
     "groups",
     "hadamard_block",
     "has_kernel",

@@ -17,6 +17,7 @@ from metal_kernels.cpu.tokens import PackedTokens, Visibility, lookup_table
 from metal_kernels.dispatch import has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import attention as gpu
+from metal_kernels.gpu.decode_attention import Codes
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
 
@@ -177,6 +178,11 @@ def packed_attention_rows(
     v = PackedTokens(values[0], values[1], value_code.lookup, value_code.size)
     out = attend(q, k, v, length, scale, visibility(mask, sinks, length))
     return unrotate_rows(out.reshape(-1, value_code.size), value_code.sign_row, value_code.block).reshape(out.shape)
+
+
+def gpu_codes(keys: CacheCode, values: CacheCode) -> Codes | None:
+    """How a GPU's kernels take keys and values packed so, the same for the same; None where they do not."""
+    return (_head_code(keys), _head_code(values)) if _fits_gpu(keys) and _fits_gpu(values) else None
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,6 @@ from quant_engine.codebook import lloyd_max, uniform
 from quant_engine.config import GROUP_SIZES, CacheConfig
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.token_store import Array, TokenStore, stored
-from quant_engine.waiting_cache import give_back
 
 STEP = 256
 """Tokens by which storage grows, as mlx-lm's."""
@@ -58,12 +57,12 @@ class _Side:
         self.store: _Pair | None = None
         self._in_place: TokenStore | None = None
 
-    def append(self, x: mx.array, at: int) -> None:
-        """Pack x (B, KV heads, L, size) as the tokens from `at` on."""
+    def append(self, x: mx.array, at: int, step: int) -> None:
+        """Pack x (B, KV heads, L, size) as the tokens from `at` on; room grows by `step`."""
         self._in_place = None
         new, end = metal_kernels.pack_cache(x, self._code_for(x.shape[-1])), at + x.shape[2]
         self.store = cast(
-            _Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end) for i in range(2))
+            _Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end, step) for i in range(2))
         )
         for buffer, part in zip(self.store, new, strict=True):
             buffer[:, :, at:end] = part
@@ -95,11 +94,11 @@ class _Side:
         return 0 if self.store is None else self.store[0].nbytes + self.store[1].nbytes
 
 
-def _grown(buffer: mx.array | None, new: mx.array, used: int, needed: int) -> mx.array:
+def _grown(buffer: mx.array | None, new: mx.array, used: int, needed: int, step: int) -> mx.array:
     """`buffer` with room for `needed` tokens, of which the first `used` are kept."""
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
-    room = -(-(needed - used) // STEP) * STEP
+    room = -(-(needed - used) // step) * step
     empty = mx.zeros((*new.shape[:2], room, new.shape[3]), dtype=new.dtype)
     return empty if buffer is None else mx.concatenate([buffer[:, :, :used], empty], axis=2)
 
@@ -147,9 +146,13 @@ class TurboQuantKVCache:
             settled = max(0, _tokens(waiting) - self.config.recent_tokens)
             new, self._recent = _cut(waiting, 0, settled), _cut(waiting, settled)
         if _tokens(new):
-            self._keys.append(new[0], self._packed)
-            self._values.append(new[1], self._packed)
-            self._packed += _tokens(new)
+            self._settle(*new)
+
+    def _settle(self, keys: mx.array, values: mx.array, step: int = STEP) -> None:
+        """Pack tokens; where there is no room for them, it grows by `step`."""
+        self._keys.append(keys, self._packed, step)
+        self._values.append(values, self._packed, step)
+        self._packed += keys.shape[2]
 
     def _all(self) -> _Pair:
         parts = [p for p in (self._sinks, self._middle(), self._recent) if p is not None and _tokens(p)]
@@ -315,7 +318,7 @@ def convert_cache_to_turboquant(
     if tq_bits is not None:
         k_bits = v_bits = tq_bits
     config = CacheConfig(k_bits, v_bits, group_size, sink_tokens, recent_tokens, boundary_layers, seed)
-    plain = [i for i, layer in enumerate(cache) if type(give_back(layer)) is mlx_lm_cache.KVCache]
+    plain = [i for i, layer in enumerate(cache) if isinstance(layer, mlx_lm_cache.KVCache)]
     chosen = set(plain[boundary_layers : len(plain) - boundary_layers])
     if not chosen:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache})) or "none"

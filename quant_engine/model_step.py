@@ -6,47 +6,46 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
-from metal_kernels import CompiledDecoding, Heads, Held, Norm, TileLayer, decode_attention_fits, has_kernel
+from metal_kernels import CompiledDecoding, Norm, TileLayer, decode_attention_fits, has_kernel
 from quant_engine.gpu_step import GpuStep
+from quant_engine.kv_cache import TurboQuantKVCache
 from quant_engine.mlx_lm_adapter import PLAIN_MODELS, backbone
 from quant_engine.rotary import Rotary, shared
-from quant_engine.waiting_cache import WaitingKVCache, lend, same_length
+from quant_engine.waiting_cache import can_be_lent, lend, same_length
 
 MOST_ENTRIES = 8
 """Of a batch: those that the kernels of one launch take."""
 
+_OPERATIONS = ("decode_attention", "decoder_layer", "feed_forward")
+
 
 class ModelStep:
-    """The layers of a model and its norm, for one new token of each batch entry, over mlx-lm's plain caches."""
+    """The layers of a model and its norm, for one new token of each batch entry, over plain or compressed caches."""
 
     def __init__(self, layers: Sequence[TileLayer], norm: Norm) -> None:
         self._run = CompiledDecoding(layers, norm)
 
     def takes(self, x: mx.array, caches: Sequence[Any] | None) -> bool:
         """Whether x is (B, 1, width), and every cache holds some tokens already, equally many."""
-        if caches is None or x.shape[1] != 1 or x.shape[0] > MOST_ENTRIES or x.dtype != self._run.dtype:
+        dtype = self._run.dtype
+        if caches is None or x.shape[1] != 1 or x.shape[0] > MOST_ENTRIES or x.dtype != dtype:
             return False
-        known = all(map(self._knows, caches, self._run.heads)) and same_length(caches)
-        return known and all(map(has_kernel, ("decode_attention", "decoder_layer", "feed_forward")))
+        fit = all(can_be_lent(cache, heads, dtype) for cache, heads in zip(caches, self._run.heads, strict=True))
+        return fit and same_length(caches) and all(map(has_kernel, self._operations(caches)))
 
-    def __call__(self, x: mx.array, caches: Sequence[KVCache]) -> mx.array:
+    def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
         """The model's output (B, 1, width), normalised, for x (B, 1, width); the caches have a token more then."""
-        lent = [lend(cache) for cache in caches]
-        held: list[Held] = [cache.held for cache in lent]
-        y, waiting = self._run(x[:, 0], lent[0].offset, lent[0].before, lent[0].waits, held)
+        lent = [lend(cache, self._run.dtype) for cache in caches]
+        first, held, codes = lent[0], [cache.held for cache in lent], tuple(cache.codes for cache in lent)
+        y, waiting = self._run(x[:, 0], first.offset, first.before, first.waits, held, codes)
         for cache, joined in zip(lent, waiting, strict=True):
             cache.join(joined)
         return y[:, None]
 
-    def _knows(self, cache: Any, heads: Heads) -> bool:
-        if type(cache) is WaitingKVCache:
-            return True
-        if type(cache) is not KVCache or cache.keys is None or cache.values is None:
-            return False
-        keys, values = cache.keys, cache.values
-        return keys.dtype == values.dtype == self._run.dtype and keys.shape[1::2] == (heads.kv_count, heads.size)
+    def _operations(self, caches: Sequence[Any]) -> tuple[str, ...]:
+        packed = any(isinstance(cache, TurboQuantKVCache) for cache in caches)
+        return (*_OPERATIONS, "packed_attention") if packed else _OPERATIONS
 
 
 def fuse_model(model: nn.Module) -> bool:

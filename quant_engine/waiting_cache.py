@@ -1,4 +1,7 @@
-"""mlx-lm's plain cache while a model decodes in one call: its last tokens wait apart from the others."""
+"""Caches while a model decodes in one call: their last tokens wait apart from the others.
+
+A cache that was lent to the kernels so is of its own kind again as soon as anyone asks it for tokens, or drops some.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -6,81 +9,156 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from metal_kernels import WAITING, Held
+from metal_kernels import WAITING, Codes, Heads, Held, gpu_codes
+from quant_engine.kv_cache import STEP, TurboQuantKVCache
 
-STEP, SHARE = 256, 4
-"""Room grows by a share of the tokens held, in steps, since a model that decodes in one call is compiled again then."""
+SHARE = 4
+"""Room grows by this share of the tokens held, since a model that decodes in one call is compiled again then."""
 
 
-class WaitingKVCache(KVCache):
-    """A `KVCache` that was lent to the kernels, its keys and values in `held`.
-
-    It is one of mlx-lm's own again as soon as anyone asks it for keys or values, or drops tokens.
-    """
+class Waiting:
+    """What a lent cache has besides: `held`, its arrays, the first for those that wait; how the others are packed;
+    `before` tokens in them, and `waits` more that wait."""
 
     held: Held
+    codes: Codes | None
     before: int
+    waits: int
+    offset: int
 
-    @property
-    def waits(self) -> int:
-        """How many of its tokens wait."""
-        return int(self.offset) - self.before
+    def begin(self, dtype: mx.Dtype) -> None:
+        """Be lent, for tokens of this dtype."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Be of its own kind again."""
+        raise NotImplementedError
 
     def join(self, waiting: mx.array) -> None:
         """One token more waits, with those before it, in this array."""
         self.held = (waiting, *self.held[1:])
+        self.waits += 1
         self.offset += 1
+
+    def _begin(self, arrays: Sequence[mx.array], size: int, before: int, dtype: mx.Dtype, codes: Codes | None) -> None:
+        room = mx.zeros((2, *arrays[0].shape[:2], WAITING, size), dtype)
+        self.held, self.codes, self.before, self.waits = (room, *arrays), codes, before, 0
+
+    def _end(self, kind: type) -> mx.array | None:
+        """Keys and values (2, B, heads, waits, size) that waited; the cache is of this kind then."""
+        new = self.held[0][:, :, :, : self.waits] if vars(self).get("waits") else None
+        for name in ("held", "codes", "before", "waits"):
+            vars(self).pop(name, None)
+        cast(Any, self).__class__ = kind
+        return new
+
+
+class WaitingKVCache(Waiting, KVCache):
+    """mlx-lm's cache, lent."""
+
+    def begin(self, dtype: mx.Dtype) -> None:
+        """As of `Waiting`."""
+        keys, values = vars(self)["keys"], vars(self)["values"]
+        self._begin((keys, values), keys.shape[3], self.offset, dtype, None)
+
+    def end(self) -> None:
+        """As of `Waiting`."""
+        before, length = vars(self).get("before", 0), self.offset
+        new = self._end(KVCache)
+        if new is not None:
+            self.offset, self.step = before, _growth(before)
+            self.update_and_fetch(new[0], new[1])
+            self.offset = length
 
     def trim(self, n: int) -> int:
         """As mlx-lm's."""
-        return give_back(self).trim(n)
+        self.end()
+        return self.trim(n)
 
 
-def _given_back(name: str) -> Any:
-    """A property that makes a cache mlx-lm's own again before its attribute `name` is read or set."""
+class WaitingTurboQuantKVCache(Waiting, TurboQuantKVCache):
+    """A compressed cache, lent; those that wait are in full precision."""
 
-    def get(cache: KVCache) -> Any:
-        return getattr(give_back(cache), name)
+    def begin(self, dtype: mx.Dtype) -> None:
+        """As of `Waiting`."""
+        keys, values = vars(self)["_keys"], vars(self)["_values"]
+        arrays, codes = (*keys.store, *values.store), gpu_codes(keys.code, values.code)
+        self._begin(arrays, keys.code.size, vars(self)["_packed"], dtype, codes)
 
-    def put(cache: KVCache, value: Any) -> None:
-        setattr(give_back(cache), name, value)
+    def end(self) -> None:
+        """As of `Waiting`."""
+        new = self._end(TurboQuantKVCache)
+        if new is not None:
+            self._settle(new[0], new[1], _growth(self._packed))
 
-    return property(get, put)
+    def fits(self, heads: Heads) -> bool:
+        """Whether a cache holds packed tokens of such heads and nothing else."""
+        sides = (self._keys, self._values)
+        if not self._packed or self._packed != self.offset or any(side.code is None for side in sides):
+            return False
+        keys, values = (cast(Any, side.code) for side in sides)
+        return keys.size == values.size == heads.size and gpu_codes(keys, values) is not None
 
 
-for _name in ("keys", "values"):
-    setattr(WaitingKVCache, _name, _given_back(_name))
+def _lent(kind: type[Waiting], *names: str) -> type[Waiting]:
+    """The kind, made to end as soon as one of these attributes is read or set."""
+
+    def intercepted(name: str) -> property:
+        def get(cache: Waiting) -> Any:
+            cache.end()
+            return getattr(cache, name)
+
+        def put(cache: Waiting, value: Any) -> None:
+            cache.end()
+            setattr(cache, name, value)
+
+        return property(get, put)
+
+    for name in names:
+        setattr(kind, name, intercepted(name))
+    return kind
+
+
+_LENT: dict[type, type[Waiting]] = {
+    KVCache: _lent(WaitingKVCache, "keys", "values"),
+    TurboQuantKVCache: _lent(WaitingTurboQuantKVCache, "_keys", "_values", "_packed"),
+}
+
+
+def _growth(held: int) -> int:
+    return STEP * -(-held // (SHARE * STEP))
+
+
+def can_be_lent(cache: Any, heads: Heads, dtype: mx.Dtype) -> bool:
+    """Whether a cache holds tokens of such heads, all of them in one way that the kernels take."""
+    if isinstance(cache, Waiting):
+        return True
+    if type(cache) is TurboQuantKVCache:
+        return WaitingTurboQuantKVCache.fits(cast(WaitingTurboQuantKVCache, cache), heads)
+    if type(cache) is not KVCache or cache.keys is None or cache.values is None:
+        return False
+    keys, values = cache.keys, cache.values
+    return keys.dtype == values.dtype == dtype and keys.shape[1::2] == (heads.kv_count, heads.size)
 
 
 def same_length(caches: Sequence[Any]) -> bool:
-    """Whether all are plain caches of equally many tokens, and as many of them wait."""
-    lengths = {cache.offset for cache in caches if type(cache) in (KVCache, WaitingKVCache)}
-    waiting = {cache.waits if type(cache) is WaitingKVCache else 0 for cache in caches}
-    return len(lengths) == 1 and len(waiting) == 1
+    """Whether all caches have equally many tokens, and as many of them wait."""
+    waiting = {cache.waits if isinstance(cache, Waiting) else 0 for cache in caches}
+    return len({cache.offset for cache in caches}) == len(waiting) == 1
 
 
-def lend(cache: KVCache) -> WaitingKVCache:
-    """The same cache with room for one token more to wait; it must hold tokens."""
-    if type(cache) is WaitingKVCache and cache.waits == WAITING:
-        give_back(cache)
-    if type(cache) is not WaitingKVCache:
-        keys, values = cast(tuple[mx.array, mx.array], (cache.keys, cache.values))
-        batch, heads, _, size = keys.shape
-        waiting = mx.zeros((2, batch, heads, WAITING, size), keys.dtype)
-        cache.__class__ = WaitingKVCache
-        lent = cast(WaitingKVCache, cache)
-        lent.held, lent.before = (waiting, keys, values), int(cache.offset)
-    return cast(WaitingKVCache, cache)
+def lend(cache: Any, dtype: mx.Dtype) -> Waiting:
+    """The same cache, lent, with room for one token more to wait; see `can_be_lent`."""
+    if isinstance(cache, Waiting) and cache.waits == WAITING:
+        cache.end()
+    if not isinstance(cache, Waiting):
+        cache.__class__ = _LENT[type(cache)]
+        cache.begin(dtype)
+    return cache
 
 
-def give_back(cache: KVCache) -> KVCache:
-    """The same cache as mlx-lm's own, with all its tokens in its keys and values."""
-    if type(cache) is WaitingKVCache:
-        (waiting, *_), before, waits = cache.held, cache.before, cache.waits
-        del cache.held, cache.before
-        cast(Any, cache).__class__ = KVCache
-        cache.offset = before
-        if waits:
-            cache.step = STEP * -(-before // (SHARE * STEP))
-            cache.update_and_fetch(*waiting[..., :waits, :])
+def give_back(cache: Any) -> Any:
+    """The same cache, of its own kind."""
+    if isinstance(cache, Waiting):
+        cache.end()
     return cache

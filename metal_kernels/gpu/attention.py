@@ -1,7 +1,7 @@
 """Attention over packed keys and values, and the packing of new ones, on a GPU."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,7 +11,7 @@ import numpy as np
 from metal_kernels.gpu.hadamard import factors, odd_factor
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel, constant, made, number, table
+from metal_kernels.launch import SIMD, Kernel, constant, made, number, table, zeros
 from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
@@ -94,14 +94,14 @@ ATTEND = Kernel(
 JOIN = Kernel(
     name="turboquant_attention_parts",
     sources=SOURCES,
-    inputs=("sums", "stats", "sinks", "signs", "odd"),
+    inputs=("sums", "stats", "sinks", "new_sums", "new_stats", "signs", "odd"),
     outputs=("out",),
     body="""
   THREADGROUP_ARRAY(float, shared, SIMDGROUPS * SIZE);
   uint row = threadgroup_position_in_grid.x, parts = sums_shape[1];
-  turboquant::join_parts<SIZE, ODD, POWER, SIMDGROUPS, SINKS, T>(
-      sums + row * parts * SIZE, stats + row * parts * 2, sinks, signs, odd, out + row * SIZE, shared, parts,
-      row / QUERIES % HEADS, thread_index_in_threadgroup);
+  turboquant::join_parts<SIZE, ODD, POWER, SIMDGROUPS, SINKS, NEWEST, T>(
+      sums + row * parts * SIZE, stats + row * parts * 2, sinks, new_sums + row * SIZE, new_stats + row * 2, signs, odd,
+      out + row * SIZE, shared, parts, row / QUERIES % HEADS, thread_index_in_threadgroup);
 """,
 )
 
@@ -189,6 +189,10 @@ def _pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
     return codes, scales
 
 
+Parts = tuple[mx.array, mx.array]
+"""Weighted sums (rows, parts, size), and maxima and totals (rows, parts, 2) of scores in powers of two; float32."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an attention is compiled for."""
@@ -236,6 +240,21 @@ def _attend(
     bias: mx.array | None,
     sinks: mx.array | None,
 ) -> mx.array:
+    parts = attend_parts(kind, queries, key_codes, key_scales, value_codes, value_scales, length, bias)
+    return join_parts(kind.values, parts, queries.shape, queries.dtype, sinks)
+
+
+def attend_parts(
+    kind: Kind,
+    queries: mx.array,
+    key_codes: mx.array,
+    key_scales: mx.array,
+    value_codes: mx.array,
+    value_scales: mx.array,
+    length: mx.array,
+    bias: mx.array | None,
+) -> Parts:
+    """Attention to each of some parts of a context of `length[0]` tokens, in the rotated domain."""
     of_keys, of_values = kind.keys, kind.values
     batch, heads, rows, _ = queries.shape
     kv_heads, room = key_codes.shape[1:3]
@@ -258,14 +277,31 @@ def _attend(
         _no_bias() if bias is None else bias,
     ]  # fmt: skip
     sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
+    return sums, stats
+
+
+def join_parts(
+    code: HeadCode,
+    parts: Parts,
+    shape: Sequence[int],
+    dtype: mx.Dtype,
+    sinks: mx.array | None = None,
+    newest: Parts | None = None,
+) -> mx.array:
+    """What parts of values of this code add up to for queries (B, H, L, ...): (B, H, L, size), in the original domain.
+
+    newest: one part more, which is not rotated; there are no sinks then.
+    """
+    batch, heads, rows = shape[:3]
     constants = {
-        "SIZE": of_values.size, "ODD": of_values.odd, "POWER": of_values.power, "SIMDGROUPS": JOINING,
-        "SINKS": sinks is not None, "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
+        "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": JOINING, "SINKS": sinks is not None,
+        "NEWEST": newest is not None, "QUERIES": rows, "HEADS": heads, "T": dtype,
     }  # fmt: skip
     resting = constant(0.0) if sinks is None else _padded(sinks)
-    inputs = [sums, stats, resting, of_values.signs, of_values.matrix]
-    out = ((batch, heads, rows, of_values.size), queries.dtype)
-    return JOIN.launch(inputs, [out], (all_rows, 1), SIMD * JOINING, constants)[0]
+    more = newest or (zeros(mx.float32), zeros(mx.float32))
+    inputs = [*parts, resting, *more, code.signs, code.matrix]
+    out = ((batch, heads, rows, code.size), dtype)
+    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * JOINING, constants)[0]
 
 
 def _parts(length: int, tiles: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from metal_kernels.gpu.attention import HeadCode, Kind, attend_parts, join_parts
+from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.launch import SIMD, Kernel, constant, number, zeros
 
@@ -23,13 +25,7 @@ ALONE, PART, MOST_PARTS = 512, 256, 528
 
 SOURCES = ("lanes.metal", "softmax.metal", "decode_attention.metal")
 
-ATTEND = Kernel(
-    name="turboquant_decode_attention",
-    sources=SOURCES,
-    inputs=("stacked", "turns", "query_norm", "key_norm", "eps", "waiting", "keys", "values", "held", "waits", "factor",
-            "chunk"),
-    outputs=("out", "stats", "joined"),
-    body="""
+_TOKEN = """
   constexpr int CHUNKS = (GROUP + HEADS - 1) / HEADS, THREADS = 32 * SIMDGROUPS;
   THREADGROUP_ARRAY(float, rows, (HEADS + 2) * SIZE);
   THREADGROUP_ARRAY(float, shared, SIMDGROUPS * HEADS * SIZE);
@@ -39,15 +35,16 @@ ATTEND = Kernel(
   uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup, index = simdgroup * 32 + lane;
   uint part = threadgroup_position_in_grid.x, parts = threadgroups_per_grid.x;
   uint head = threadgroup_position_in_grid.y / CHUNKS, first = threadgroup_position_in_grid.y % CHUNKS * HEADS;
-  uint kv_heads = keys_shape[1], all_heads = keys_shape[0] * kv_heads, room = keys_shape[2];
-  uint entry = head / kv_heads, kv_head = head % kv_heads, count = GROUP - first < uint(HEADS) ? GROUP - first : HEADS;
-  uint query_row = entry * (GROUP + 2) * kv_heads + kv_head * GROUP + first, old = held[0], few = waits[0];
+  uint kv_heads = waiting_shape[2], all_heads = waiting_shape[1] * kv_heads, few = waits[0];
+  uint entry = head / kv_heads, kv_head = head % kv_heads, row = head * GROUP + first;
+  uint count = GROUP - first < uint(HEADS) ? GROUP - first : HEADS;
+  uint query_row = entry * (GROUP + 2) * kv_heads + kv_head * GROUP + first;
   uint key_row = entry * (GROUP + 2) * kv_heads + GROUP * kv_heads + kv_head, value_row = key_row + kv_heads;
   turboquant::NewToken<HEADS, SIZE, SIMDGROUPS, NORMED, T> token{rows};
   token.load(stacked + query_row * SIZE, stacked + key_row * SIZE, stacked + value_row * SIZE, query_norm, key_norm,
              eps[0], count, index);
-  token.turn(turns, factor[0], index);
-  turboquant::Seen<HEADS, SIZE> seen(rows, lane % 8);
+  token.turn(turns, index);
+  turboquant::Seen<HEADS, SIZE> seen(rows, factor[0], lane % 8);
   uint keys_at = head * WAITING * SIZE, values_at = (all_heads + head) * WAITING * SIZE;
   if (part == 0) {
     seen.template walk<SIMDGROUPS, T>(waiting + keys_at, waiting + values_at, 0, few, simdgroup, lane);
@@ -60,15 +57,13 @@ ATTEND = Kernel(
       seen.add(newest);
     }
   }
-  uint start = part * chunk[0], end = start + chunk[0] < old ? start + chunk[0] : old;
-  uint begin = head * room * SIZE;
-  seen.template walk<SIMDGROUPS, T>(keys + begin, values + begin, start, end, simdgroup, lane);
+"""
+_TOGETHER = """
   seen.finish();
   seen.note(maxima + simdgroup * HEADS, totals + simdgroup * HEADS, lane);
   turboquant::join<HEADS, SIMDGROUPS>(maxima, totals, factors, index);
   seen.give(shared + simdgroup * HEADS * SIZE, factors + simdgroup * HEADS, lane);
   turboquant::barrier();
-  uint row = head * GROUP + first;
   for (uint i = index; i < count * SIZE; i += THREADS) {
     float sum = 0;
     UNROLL
@@ -85,8 +80,36 @@ ATTEND = Kernel(
     stats[((row + index) * parts + part) * 2] = maxima[index];
     stats[((row + index) * parts + part) * 2 + 1] = totals[index];
   }
-""",
-)  # fmt: skip
+"""
+_INPUTS = ("stacked", "turns", "query_norm", "key_norm", "eps", "factor", "waiting", "waits")
+
+ATTEND = Kernel(
+    name="turboquant_decode_attention",
+    sources=SOURCES,
+    inputs=(*_INPUTS, "keys", "values", "held", "chunk"),
+    outputs=("out", "stats", "joined"),
+    body=_TOKEN
+    + """
+  uint room = keys_shape[2], begin = head * room * SIZE, old = held[0];
+  uint start = part * chunk[0], end = start + chunk[0] < old ? start + chunk[0] : old;
+  seen.template walk<SIMDGROUPS, T>(keys + begin, values + begin, start, end, simdgroup, lane);
+"""
+    + _TOGETHER,
+)
+
+WAITERS = Kernel(
+    name="turboquant_decode_attention_waiting",
+    sources=SOURCES,
+    inputs=_INPUTS,
+    outputs=("out", "stats", "joined", "queries"),
+    body=_TOKEN
+    + """
+  for (uint i = index; i < count * SIZE; i += THREADS) {
+    queries[row * SIZE + i] = static_cast<T>(rows[i]);
+  }
+"""
+    + _TOGETHER,
+)
 
 JOIN = Kernel(
     name="turboquant_decode_attention_parts",
@@ -97,7 +120,7 @@ JOIN = Kernel(
   THREADGROUP_ARRAY(float, shared, SIMDGROUPS * SIZE);
   uint row = threadgroup_position_in_grid.x, parts = sums_shape[1], index = thread_index_in_threadgroup;
   turboquant::add_parts<SIZE, SIMDGROUPS>(
-      sums + row * parts * SIZE, stats + row * parts * 2, turboquant::NOTHING, shared, parts, index);
+      sums + row * parts * SIZE, stats + row * parts * 2, turboquant::NOTHING, 0.0f, shared, parts, index);
   for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
     out[row * SIZE + column] = static_cast<T>(shared[column]);
   }
@@ -121,50 +144,86 @@ def fits(heads: Heads) -> bool:
     return heads.size % 16 == 0 and heads.size <= 256
 
 
+Codes = tuple[HeadCode, HeadCode]
+"""How keys are packed, and values."""
+
+Plain = tuple[mx.array, mx.array, mx.array]
+"""What a layer holds: `waiting` (2, B, kv_count, WAITING, size), then keys and values (B, kv_count, room, size)."""
+
+Packed = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+"""The same of a compressed cache: `waiting`, then codes and scales of keys, codes and scales of values."""
+
+
 def decode_attention(
-    stacked: mx.array,
-    turns: mx.array,
-    waiting: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    held: mx.array,
-    waits: mx.array,
-    heads: Heads,
+    stacked: mx.array, turns: mx.array, cache: Plain, held: mx.array, waits: mx.array, heads: Heads
 ) -> tuple[mx.array, mx.array]:
     """Attention of one new token a batch entry: its result (B, count * size), and `waiting` with its key and value.
 
     stacked (B, (count + 2 kv_count) * size): queries, keys and values as the product gives them, before norms and
-    rotary embeddings. turns (size,): cosines and sines, float32, of the position. keys, values (B, kv_count, room,
-    size) and waiting (2, B, kv_count, WAITING, size): of the tokens before, the first `held[0]` and the next
-    `waits[0]`, fewer than WAITING. All have stacked's dtype.
+    rotary embeddings. turns (size,): cosines and sines, float32, of the position. The cache has `held[0]` tokens, and
+    `waits[0]` that wait, fewer than WAITING; all of it has stacked's dtype.
     """
-    batch, kv_heads, room, size = keys.shape
-    group = heads.count // heads.kv_count
-    chunks = -(-group * size // VALUES)
-    at_once = -(-group // chunks)
-    tiles = batch * kv_heads * -(-group // at_once)
+    waiting, keys, values = cache
+    batch, _, room, size = keys.shape
+    tiles, constants = _tiles(batch, stacked.dtype, heads)
     chunk, parts = _parts(room, tiles)
-    norms = heads.norms or (Norm(zeros(stacked.dtype), 0.0),) * 2
-    inputs = [
-        stacked, turns, norms[0].weight, norms[1].weight, constant(norms[0].eps), waiting, keys, values, held, waits,
-        constant(heads.scale * math.log2(math.e)), number(chunk),
-    ]  # fmt: skip
     rows, dtype, single = batch * heads.count, stacked.dtype, parts == 1
-    constants = {
-        "HEADS": at_once, "GROUP": group, "SIZE": size, "SIMDGROUPS": SIMDGROUPS, "WAITING": WAITING, "SINGLE": single,
-        "NORMED": heads.norms is not None, "T": dtype, "OUT": dtype if single else mx.float32,
-    }  # fmt: skip
+    inputs = [*_inputs(stacked, turns, waiting, waits, heads), keys, values, held, number(chunk)]
     outputs = [
         ((batch, heads.count * size), dtype) if single else ((rows, parts, size), mx.float32),
         ((rows, parts, 2), mx.float32),
         (waiting.shape, dtype),
     ]
-    out, stats, joined = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
+    more = {"SINGLE": single, "OUT": dtype if single else mx.float32}
+    out, stats, joined = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants | more)
     if single:
         return out, joined
     constants = {"SIZE": size, "SIMDGROUPS": JOINING, "T": dtype}
     whole = ((batch, heads.count * size), dtype)
     return JOIN.launch([out, stats], [whole], (rows, 1), SIMD * JOINING, constants)[0], joined
+
+
+def packed_decode_attention(
+    stacked: mx.array,
+    turns: mx.array,
+    cache: Packed,
+    held: mx.array,
+    waits: mx.array,
+    heads: Heads,
+    codes: Codes,
+    gpu: Gpu,
+) -> tuple[mx.array, mx.array]:
+    """As `decode_attention`, where keys and values are packed by these codes but for those that wait; `held` > 0."""
+    waiting, key_codes, key_scales, value_codes, value_scales = cache
+    batch, dtype, rows = waiting.shape[1], stacked.dtype, waiting.shape[1] * heads.count
+    tiles, constants = _tiles(batch, dtype, heads)
+    outputs = [
+        ((rows, 1, heads.size), mx.float32), ((rows, 1, 2), mx.float32), (waiting.shape, dtype),
+        ((batch, heads.count, 1, heads.size), dtype),
+    ]  # fmt: skip
+    inputs, more = _inputs(stacked, turns, waiting, waits, heads), {"SINGLE": False, "OUT": mx.float32}
+    sums, stats, joined, queries = WAITERS.launch(inputs, outputs, (1, tiles), SIMD * SIMDGROUPS, constants | more)
+    kind = Kind(*codes, heads.scale, causal=False, gpu=gpu)
+    parts = attend_parts(kind, queries, key_codes, key_scales, value_codes, value_scales, held, None)
+    seen = join_parts(codes[1], parts, queries.shape, dtype, newest=(sums, stats))
+    return seen.reshape(batch, heads.count * heads.size), joined
+
+
+def _tiles(batch: int, dtype: mx.Dtype, heads: Heads) -> tuple[int, dict[str, int | bool | mx.Dtype]]:
+    """Threadgroups that a part of the context takes, and compile-time values."""
+    group = heads.count // heads.kv_count
+    chunks = -(-group * heads.size // VALUES)
+    at_once = -(-group // chunks)
+    return batch * heads.kv_count * -(-group // at_once), {
+        "HEADS": at_once, "GROUP": group, "SIZE": heads.size, "SIMDGROUPS": SIMDGROUPS, "WAITING": WAITING,
+        "NORMED": heads.norms is not None, "T": dtype,
+    }  # fmt: skip
+
+
+def _inputs(stacked: mx.array, turns: mx.array, waiting: mx.array, waits: mx.array, heads: Heads) -> list[mx.array]:
+    norms = heads.norms or (Norm(zeros(stacked.dtype), 0.0),) * 2
+    factor = constant(heads.scale * math.log2(math.e))
+    return [stacked, turns, norms[0].weight, norms[1].weight, constant(norms[0].eps), factor, waiting, waits]
 
 
 def _parts(room: int, tiles: int) -> tuple[int, int]:

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from metal_kernels.gpu.decode_attention import Heads, decode_attention
+from metal_kernels.gpu.decode_attention import Codes, Heads, decode_attention, packed_decode_attention
 from metal_kernels.gpu.products import FEW_ROWS, Gpu, gated, multiply
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.launch import made, number
 
-Held = tuple[mx.array, mx.array, mx.array]
-"""Of one layer: what waits, keys and values, as `decode_attention` takes them."""
+Held = tuple[mx.array, ...]
+"""What a layer's cache holds, as `decode_attention` takes it or, packed, `packed_decode_attention`."""
 
 Rope = Callable[[mx.array, mx.array], mx.array]
 """Rotary embedding of heads (B, heads, L, size) from a position on, which is an array."""
@@ -63,13 +63,26 @@ class TileLayer:
         return self._mixed(x, attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 
     def decode(
-        self, x: mx.array, turns: mx.array, held: Held, before: mx.array, waits: mx.array
+        self, x: mx.array, turns: mx.array, held: Held, before: mx.array, waits: mx.array, codes: Codes | None
     ) -> tuple[mx.array, mx.array]:
         """The layer's output (B, width) for one position of each batch entry, and what waits then.
 
-        Arguments as `decode_attention` has them; `before` and `waits` are numbers of tokens.
+        before, waits: numbers of tokens that the cache holds and that wait. codes: of a packed cache.
         """
-        seen, joined = decode_attention(self._stacked(x), turns, *held, before, waits, self.heads)
+        stacked = self._stacked(x)
+        if codes is None:
+            seen, joined = decode_attention(stacked, turns, (held[0], held[1], held[2]), before, waits, self.heads)
+        else:
+            seen, joined = packed_decode_attention(
+                stacked,
+                turns,
+                (held[0], held[1], held[2], held[3], held[4]),
+                before,
+                waits,
+                self.heads,
+                codes,
+                self.gpu,
+            )
         return self._mixed(x, seen), joined
 
     def _stacked(self, x: mx.array) -> mx.array:
@@ -111,32 +124,41 @@ class CompiledLayer:
 class CompiledDecoding:
     """All layers of a model for one new token of each batch entry, then its norm, as one call.
 
-    MLX compiles it again where the batch or the room that caches have is another.
+    MLX compiles it again where the batch, the room that caches have, or what they are packed by is another.
     """
 
     def __init__(self, layers: Sequence[TileLayer], norm: Norm) -> None:
         self.dtype, self.heads = norm.weight.dtype, [layer.heads for layer in layers]
         self._layers, self._norm = layers, norm
         self._ropes = {id(layer.rope): layer.rope for layer in layers}
-        self._run: Callable[..., tuple[mx.array, ...]] = mx.compile(self._step)
+        self._runs: dict[tuple[Codes | None, ...], Callable[..., tuple[mx.array, list[mx.array]]]] = {}
 
     def __call__(
-        self, x: mx.array, offset: int, before: int, waits: int, held: Sequence[Held]
+        self, x: mx.array, offset: int, before: int, waits: int, held: Sequence[Held], codes: tuple[Codes | None, ...]
     ) -> tuple[mx.array, list[mx.array]]:
         """The normalised output (B, width) for x (B, width) at position `offset`, and what waits in each layer then.
 
-        before: tokens that keys and values hold; waits: those that wait.
+        before: tokens that every cache holds; waits: those that wait in it; codes: of each layer's cache.
         """
-        y, *joined = self._run(x, position(offset), number(before), number(waits), *(a for one in held for a in one))
-        return y, joined
+        if codes not in self._runs:
+            self._runs[codes] = mx.compile(partial(self._step, codes))
+        return self._runs[codes](x, position(offset), number(before), number(waits), held)
 
-    def _step(self, x: mx.array, offset: mx.array, before: mx.array, waits: mx.array, *held: mx.array):
+    def _step(
+        self,
+        codes: tuple[Codes | None, ...],
+        x: mx.array,
+        offset: mx.array,
+        before: mx.array,
+        waits: mx.array,
+        held: Sequence[Held],
+    ) -> tuple[mx.array, list[mx.array]]:
         turns = {key: self._turns(rope, offset) for key, rope in self._ropes.items()}
         waiting = list[mx.array]()
-        for layer, *own in zip(self._layers, held[::3], held[1::3], held[2::3], strict=True):
-            x, joined = layer.decode(x, turns[id(layer.rope)], (own[0], own[1], own[2]), before, waits)
+        for layer, own, coded in zip(self._layers, held, codes, strict=True):
+            x, joined = layer.decode(x, turns[id(layer.rope)], own, before, waits, coded)
             waiting.append(joined)
-        return self._norm(x), *waiting
+        return self._norm(x), waiting
 
     def _turns(self, rope: Rope, offset: mx.array) -> mx.array:
         """Cosines and sines by which a position turns values: what becomes of a head of ones, then zeros."""

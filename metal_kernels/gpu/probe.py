@@ -116,7 +116,7 @@ def _decoding(_: Gpu) -> tuple[mx.array, mx.array]:
     waits = mx.pad(tokens[:, :, :, held:], [(0, 0)] * 3 + [(0, decode_attention.WAITING - 4), (0, 0)])
     stacked, turns = _activations(8).reshape(1, -1), mx.repeat(mx.array([1.0, 0.0]), WIDTH // 2)
     before, few = number(held), number(TOKENS - held)
-    ours = decode_attention.decode_attention(stacked, turns, waits, keys, values, before, few, heads)[0]
+    ours = decode_attention.decode_attention(stacked, turns, (waits, keys, values), before, few, heads)[0]
     q, new = stacked.reshape(1, 8, 1, WIDTH)[:, :4], stacked.reshape(1, 4, 2, 1, WIDTH)[:, 2:].transpose(1, 0, 2, 3, 4)
     k, v = mx.concatenate([tokens, new], axis=3).astype(mx.float32)
     right = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), k, v, scale=heads.scale)

@@ -243,17 +243,21 @@ inline void rotate_queries(Device<const T> queries, Device<const uint> signs, De
   barrier();
 }
 
-// Adds up the parts of one row, see `add_parts`, and turns the result back.
-template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, typename T>
+// Adds up the parts of one row, see `add_parts`, and turns the result back. One part more is a sink, a score without a
+// value, or with NEWEST one that is not rotated, new_sums (SIZE) and new_stats (2).
+template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, bool NEWEST, typename T>
 inline void join_parts(Device<const float> sums, Device<const float> stats, Device<const float> sinks,
-                       Device<const uint> signs, Device<const float> matrix, Device<T> out, Shared<float> shared,
-                       uint parts, uint head, uint index) {
+                       Device<const float> new_sums, Device<const float> new_stats, Device<const uint> signs,
+                       Device<const float> matrix, Device<T> out, Shared<float> shared, uint parts, uint head,
+                       uint index) {
   constexpr int THREADS = 32 * SIMDGROUPS;
-  add_parts<SIZE, SIMDGROUPS>(sums, stats, SINKS ? sinks[head] * 1.44269504f : NOTHING, shared, parts, index);
+  float most = NEWEST ? new_stats[0] : SINKS ? sinks[head] * 1.44269504f : NOTHING;
+  float share = add_parts<SIZE, SIMDGROUPS>(sums, stats, most, NEWEST ? new_stats[1] : 1.0f, shared, parts, index);
   transform_heads<ODD, POWER, true, THREADS>(shared, matrix, SIZE, index);
   float factor = 1 / sqrt(float(ODD * POWER));
   for (uint column = index; column < uint(SIZE); column += THREADS) {
-    out[column] = static_cast<T>(signed_by(signs, column, factor * shared[column]));
+    float newest = NEWEST ? share * new_sums[column] : 0.0f;
+    out[column] = static_cast<T>(signed_by(signs, column, factor * shared[column]) + newest);
   }
 }
 

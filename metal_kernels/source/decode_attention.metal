@@ -80,15 +80,14 @@ struct NewToken {
     barrier();
   }
 
-  // turns: SIZE / 2 cosines, then as many sines, which turn value i with value i + SIZE / 2. Queries take `factor` on.
-  void turn(Device<const float> turns, float factor, uint index) {
+  // turns: SIZE / 2 cosines, then as many sines, which turn value i with value i + SIZE / 2.
+  void turn(Device<const float> turns, uint index) {
     constexpr uint HALF = SIZE / 2;
     for (uint i = index; i < (HEADS + 1) * HALF; i += 32 * SIMDGROUPS) {
       uint row = i / HALF, column = i % HALF, at = row * SIZE + column;
       float one = rows[at], two = rows[at + HALF], cosine = turns[column], sine = turns[HALF + column];
-      float scale = row < uint(HEADS) ? factor : 1.0f;
-      rows[at] = scale * rounded<T>(one * cosine - two * sine);
-      rows[at + HALF] = scale * rounded<T>(one * sine + two * cosine);
+      rows[at] = rounded<T>(one * cosine - two * sine);
+      rows[at + HALF] = rounded<T>(one * sine + two * cosine);
     }
     barrier();
   }
@@ -115,14 +114,14 @@ struct Seen {
   using Few = Tokens<SIZE, AT_ONCE>;
   float queries[HEADS][EACH], out[HEADS][EACH], most[HEADS], sums[HEADS];
 
-  Seen(Shared<float> rows, uint eighth) {
+  Seen(Shared<float> rows, float factor, uint eighth) {
     UNROLL
     for (int h = 0; h < HEADS; h++) {
       most[h] = NOTHING;
       sums[h] = 0;
       UNROLL
       for (int i = 0; i < EACH; i++) {
-        queries[h][i] = rows[h * SIZE + Few::column(i, eighth)];
+        queries[h][i] = factor * rows[h * SIZE + Few::column(i, eighth)];
         out[h][i] = 0;
       }
     }

@@ -36,13 +36,14 @@ inline void join(Shared<float> maxima, Shared<float> totals, Shared<float> facto
 }
 
 // Adds up the parts of one row, a simdgroup every SIMDGROUPSth: sums (parts, SIZE), stats (parts, 2) of maxima and totals.
-// A sink is a score without a value. shared (SIMDGROUPS * SIZE) begins with the result then, after a barrier.
+// One part more has this maximum and total, and its values are not added here: returned is what they count. shared
+// (SIMDGROUPS * SIZE) begins with the result then, after a barrier.
 template <int SIZE, int SIMDGROUPS>
-inline void add_parts(Device<const float> sums, Device<const float> stats, float sink, Shared<float> shared, uint parts,
-                      uint index) {
+inline float add_parts(Device<const float> sums, Device<const float> stats, float most_of_more, float total_of_more,
+                       Shared<float> shared, uint parts, uint index) {
   constexpr int EACH = (SIZE + 31) / 32;
   uint lane = index % 32, simdgroup = index / 32;
-  float most = sink, total = 0;
+  float most = most_of_more, total = 0;
   for (uint i = lane; i < parts; i += 32) {
     most = larger(most, stats[2 * i]);
   }
@@ -50,7 +51,8 @@ inline void add_parts(Device<const float> sums, Device<const float> stats, float
   for (uint i = lane; i < parts; i += 32) {
     total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
   }
-  total = sum_over_lanes(total) + weight_of(sink, most);
+  float more = weight_of(most_of_more, most);
+  total = sum_over_lanes(total) + more * total_of_more;
   float mine[EACH];
   UNROLL
   for (int c = 0; c < EACH; c++) {
@@ -80,6 +82,7 @@ inline void add_parts(Device<const float> sums, Device<const float> stats, float
     shared[column] = total > 0 ? sum / total : 0.0f;
   }
   barrier();
+  return total > 0 ? more / total : 0.0f;
 }
 
 } // namespace turboquant

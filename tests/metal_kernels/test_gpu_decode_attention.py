@@ -41,7 +41,7 @@ class Case:
 
     def run(self) -> list[mx.array]:
         return list(gpu.decode_attention(
-            self.stacked, self.turns, self.waiting, self.keys, self.values, number(self.held), number(self.waits),
+            self.stacked, self.turns, (self.waiting, self.keys, self.values), number(self.held), number(self.waits),
             self.heads,
         ))  # fmt: skip
 

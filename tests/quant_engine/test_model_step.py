@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -10,11 +11,11 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 from metal_kernels import Norm
 from metal_kernels.gpu import decode_attention
 from quant_engine import model_step, waiting_cache
-from quant_engine.kv_cache import convert_cache_to_turboquant
+from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant, load_cache, save_cache
 from quant_engine.model_step import ModelStep
-from quant_engine.waiting_cache import WaitingKVCache, give_back, lend, same_length
+from quant_engine.waiting_cache import Waiting, give_back, lend, same_length
 from tests.metal_kernels.test_gpu_kernels import on_machine
-from tests.quant_engine.test_gpu_step import KV_HEADS, SIZE, WIDTH, Layer
+from tests.quant_engine.test_gpu_step import HEADS, KV_HEADS, SCALE, SIZE, WIDTH, Layer
 
 PROMPT = 3
 
@@ -37,44 +38,72 @@ def tokens(count: int) -> list[mx.array]:
     return [mx.random.normal((1, 1, WIDTH), key=mx.random.key(i)).astype(mx.float16) for i in range(count)]
 
 
-def test_a_model_in_one_call_equals_its_layers_one_by_one(
-    tmp_path: Path, layers: list[Layer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With room for two tokens to wait, so that five are written twice meanwhile."""
+@pytest.fixture
+def few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two tokens to wait, so that of five some are written meanwhile."""
     monkeypatch.setattr(decode_attention, "WAITING", 2)
     monkeypatch.setattr(waiting_cache, "WAITING", 2)
     monkeypatch.setattr(model_step, "has_kernel", lambda _: True)
-    norm = Norm(mx.ones(WIDTH, mx.float16), 1e-5)
-    held: list[tuple[int, mx.array, mx.array]] = []
 
-    def run() -> list[mx.array]:
-        step, own, made = ModelStep([layer.tiles for layer in layers], norm), caches(), list[mx.array]()
-        for x in tokens(5):
-            assert step.takes(x, own)
-            made.append(step(x, own))
-        held[:] = [
-            (cache.offset, cache.keys[:, :, : cache.offset], cache.values[:, :, : cache.offset]) for cache in own
-        ]
-        return made
 
-    found, plain = on_machine(tmp_path, run), caches(mx.float32)
+def decoded(layers: list[Layer], own: list[Any]) -> list[mx.array]:
+    """The model's outputs for five tokens, by a step over these caches."""
+    step = ModelStep([layer.tiles for layer in layers], Norm(mx.ones(WIDTH, mx.float16), 1e-5))
+    made = list[mx.array]()
+    for x in tokens(5):
+        assert step.takes(x, own)
+        made.append(step(x, own))
+    return made
+
+
+def check(layers: list[Layer], found: list[mx.array], tolerance: float) -> list[KVCache]:
+    """Compare outputs with those of the layers one by one; their caches then."""
+    plain = caches(mx.float32)
     for x, y in zip(tokens(5), found, strict=True):
         right = layers[1].plain(layers[0].plain(x.astype(mx.float32), plain[0]), plain[1])
         right = mx.fast.rms_norm(right, None, 1e-5)
-        assert mx.abs(y - right).max() < 5e-3 * mx.abs(right).max()
+        assert mx.abs(y - right).max() < tolerance * mx.abs(right).max()
+    return plain
+
+
+@pytest.mark.usefixtures("few_wait")
+def test_a_model_in_one_call_equals_its_layers_one_by_one(tmp_path: Path, layers: list[Layer]) -> None:
+    held: list[tuple[int, mx.array, mx.array]] = []
+
+    def run() -> list[mx.array]:
+        own = caches()
+        made = decoded(layers, own)
+        held[:] = [(cache.offset, *cache.keys_and_values()) for cache in own]
+        return made
+
+    plain = check(layers, on_machine(tmp_path, run), 5e-3)
     for (length, keys, values), cache in zip(held, plain, strict=True):
         assert length == cache.offset == PROMPT + 5
-        for ours, theirs in ((keys, cache.keys), (values, cache.values)):
-            assert mx.abs(ours - theirs[:, :, :length]).max() < 1e-2
+        for ours, theirs in zip((keys, values), cache.keys_and_values(), strict=True):
+            assert mx.abs(ours - theirs).max() < 1e-2
 
 
-def lent(waits: int) -> WaitingKVCache:
-    """A cache of PROMPT tokens and `waits` that wait, all ones, then twos, and so on."""
-    made = lend(caches()[0])
+@pytest.mark.usefixtures("few_wait")
+def test_the_same_over_compressed_caches_and_plain_ones(tmp_path: Path, layers: list[Layer]) -> None:
+    def run() -> list[mx.array]:
+        packed = convert_cache_to_turboquant(caches(), tq_bits=8, group_size=0)
+        return decoded(layers, [packed[0], caches()[1]])
+
+    check(layers, on_machine(tmp_path, run), 2e-2)
+
+
+def lent(waits: int, cache: Any = None) -> Any:
+    """A cache, or one of PROMPT tokens, and `waits` that wait, all ones, then twos, and so on."""
+    made = lend(cache or caches()[0], mx.float16)
     for number in range(1, waits + 1):
         waiting, at = made.held[0], mx.arange(decode_attention.WAITING) == number - 1
         made.join(mx.where(at[:, None], number, waiting).astype(mx.float16))
     return made
+
+
+def compressed() -> TurboQuantKVCache:
+    [cache] = convert_cache_to_turboquant(caches()[:1], k_bits=8, v_bits=4, group_size=0)
+    return cache
 
 
 def test_whoever_asks_a_lent_cache_for_its_content_gets_all_of_it(tmp_path: Path) -> None:
@@ -110,7 +139,7 @@ def test_whoever_asks_a_lent_cache_for_its_content_gets_all_of_it(tmp_path: Path
 def test_a_branch_of_a_lent_cache_goes_on_by_itself() -> None:
     one = lent(1)
     two = copy.deepcopy(one)
-    assert isinstance(two, WaitingKVCache)
+    assert isinstance(two, Waiting)
     one.join(one.held[0] + 1)
     assert (one.waits, two.waits) == (2, 1)
     assert give_back(two).offset == PROMPT + 1
@@ -120,9 +149,37 @@ def test_room_grows_by_a_share_of_what_is_there() -> None:
     cache = KVCache()
     cache.update_and_fetch(*(mx.zeros((1, 1, 2048, 8)) for _ in range(2)))
     for _ in range(decode_attention.WAITING + 1):
-        own = lend(cache)
+        own = lend(cache, mx.float32)
         own.join(own.held[0])
     assert give_back(cache).keys.shape[2] == 2048 + 512
+
+
+def test_whoever_asks_a_lent_compressed_cache_gets_all_of_it(tmp_path: Path) -> None:
+    plain = compressed()
+    for number in (1, 2):
+        plain.add(*(mx.full((1, KV_HEADS, 1, SIZE), number, mx.float16) for _ in range(2)))
+
+    def same(cache: TurboQuantKVCache, length: int = PROMPT + 2) -> None:
+        assert cache.offset == length
+        expected = copy.deepcopy(plain)
+        expected.trim(plain.offset - length)
+        for ours, theirs in zip(cache.state, expected.state, strict=True):
+            assert mx.array_equal(ours, theirs) if isinstance(ours, mx.array) else ours == theirs
+
+    same(lent(2, compressed()))
+    same(copy.deepcopy(lent(2, compressed())))
+    shorter = lent(2, compressed())
+    assert shorter.trim(1) == 1
+    same(shorter, PROMPT + 1)
+    save_cache(tmp_path / "cache.safetensors", [lent(2, compressed())])
+    same(load_cache(tmp_path / "cache.safetensors")[0])
+    longer = lent(1, compressed())
+    longer.add(*(mx.full((1, KV_HEADS, 1, SIZE), 2, mx.float16) for _ in range(2)))
+    same(longer)
+    queries = mx.random.normal((1, HEADS, 1, SIZE))
+    seen = [cache.attend(queries, scale=SCALE, mask=None) for cache in (lent(2, compressed()), plain)]
+    assert mx.array_equal(*seen)
+    assert lent(2, compressed()).nbytes == plain.nbytes
 
 
 def test_a_step_takes_plain_caches_of_one_length_and_one_token(
@@ -132,14 +189,15 @@ def test_a_step_takes_plain_caches_of_one_length_and_one_token(
     step = ModelStep([layer.tiles for layer in layers], Norm(mx.ones(WIDTH, mx.float16), 1e-5))
     [x] = tokens(1)
     assert step.takes(x, caches())
+    assert step.takes(x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0))
     other = [*caches()[:1], caches()[1]]
     other[1].trim(1)
     refused = {
         "no cache": (x, None), "empty caches": (x, [KVCache(), KVCache()]), "unequal": (x, other),
         "two tokens": (mx.concatenate([x, x], axis=1), caches()), "float32": (x.astype(mx.float32), caches()),
         "caches in float32": (x, caches(mx.float32)),
-        "compressed": (x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0)),
+        "a window": (x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0, sink_tokens=1)),
     }  # fmt: skip
     for name, (given, own) in refused.items():
         assert not step.takes(given, own), name
-    assert not same_length([lend(caches()[0]), caches()[1], lent(1)])
+    assert not same_length([lent(0), caches()[1], lent(1)])
