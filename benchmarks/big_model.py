@@ -1,10 +1,10 @@
 """A Llama of 8.0 billion parameters with random weights on a GPU: decoding in bfloat16, affine and TurboQuant.
 
-    python -m benchmarks.big_model [--layers 32] [--bits 3 4] [--tokens 128]
+    python -m benchmarks.big_model [--layers 32] [--bits 3 4] [--tokens 128] [--context 0 32768]
 
-Nothing is downloaded or written to disk: codes are random bits, which take as long to read as real ones. Every model is
-driven by mlx-lm's own `generate_step`, and only one is in memory at a time. TurboQuant's default leaves embeddings in
-full precision, affine, as `mlx_lm.convert -q`, does not.
+Nothing is downloaded or written to disk: codes are random bits, which take as long to read as real ones, and so are
+keys and values of a context before the prompt. Every model is driven by mlx-lm's own `generate_step`, and only one is in
+memory at a time. TurboQuant's default leaves embeddings in full precision, affine, as `mlx_lm.convert -q`, does not.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -87,26 +88,40 @@ def _random(dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.full(shape, 0.02, mx.float16)
 
 
-def speeds(model: nn.Module, prompt: int, tokens: int, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Case:
+    """How many tokens there are before the prompt, in it, and after it."""
+
+    context: int
+    prompt: int
+    tokens: int
+
+
+def speeds(model: nn.Module, case: Case, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
     """Prompt and generated tokens a second, medians of ROUNDS after one to warm up."""
-    read, made = zip(*(_turn(model, prompt, tokens, cache_bits) for _ in range(ROUNDS + 1)), strict=True)
+    read, made = zip(*(_turn(model, case, cache_bits) for _ in range(ROUNDS + 1)), strict=True)
     return statistics.median(read[1:]), statistics.median(made[1:])
 
 
-def _turn(model: nn.Module, prompt: int, tokens: int, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
+def _turn(model: nn.Module, case: Case, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
     cache: list[Any] = make_prompt_cache(model)
+    for i, layer in enumerate(cache if case.context else []):
+        shape = 2, 1, EIGHT_B["num_key_value_heads"], case.context, EIGHT_B["head_dim"]
+        held = mx.random.normal(shape, DTYPE, key=mx.random.key(i))
+        layer.update_and_fetch(held[0], held[1])
     if cache_bits:
         cache = convert_cache_to_turboquant(cache, k_bits=cache_bits[0], v_bits=cache_bits[1])
-    ids = mx.array([101 + (7919 * i) % 4000 for i in range(prompt)])
+    mx.eval([layer.state for layer in cache if not layer.empty()])
+    ids = mx.array([101 + (7919 * i) % 4000 for i in range(case.prompt)])
     began = time.perf_counter()
-    steps = generate_step(ids, model, max_tokens=tokens, prompt_cache=cache)
+    steps = generate_step(ids, model, max_tokens=case.tokens, prompt_cache=cache)
     next(steps)
     read = time.perf_counter()
     made = sum(1 for _ in steps)
-    return prompt / (read - began), made / (time.perf_counter() - read)
+    return case.prompt / (read - began), made / (time.perf_counter() - read)
 
 
-def measure(config: dict[str, Any], bits: list[int], prompt: int, tokens: int) -> Iterator[list[dict[str, Any]]]:
+def measure(config: dict[str, Any], bits: list[int], cases: list[Case]) -> Iterator[list[dict[str, Any]]]:
     """Rows of method, speeds, and their ratios to bfloat16 and to affine at 4 bits: those there are, and one more."""
     kinds: list[tuple[str, int, Callable[[], nn.Module], tuple[int, int] | None]] = [
         ("mlx-lm bfloat16", 16, lambda: random_float(config), None),
@@ -117,20 +132,23 @@ def measure(config: dict[str, Any], bits: list[int], prompt: int, tokens: int) -
     rows: list[dict[str, Any]] = []
     for method, width, make, cache_bits in kinds:
         model = make()
-        mx.reset_peak_memory()
-        metal_kernels.reset_paths()
-        read, made = speeds(model, prompt, tokens, cache_bits)
-        rows.append({"method": method, "bits": width, "prompt_tokens_per_s": read, "generation_tokens_per_s": made,
-                     "peak_gb": mx.get_peak_memory() / 1e9, "kernel_path": metal_kernels.kernel_path()})  # fmt: skip
-        print(f"  {method} {width}: prompt {read:,.0f}, generation {made:,.1f} tokens a second", flush=True)
+        for case in cases:
+            mx.reset_peak_memory()
+            metal_kernels.reset_paths()
+            read, made = speeds(model, case, cache_bits)
+            row = {"context": case.context, "method": method, "bits": width, "prompt_tokens_per_s": read,
+                   "generation_tokens_per_s": made, "peak_gb": mx.get_peak_memory() / 1e9,
+                   "kernel_path": metal_kernels.kernel_path()}  # fmt: skip
+            bases = [base for base in rows if base["context"] == case.context][:2]
+            for name, base in zip(("bfloat16", "affine"), bases, strict=False):
+                row[f"generation_times_{name}"] = made / base["generation_tokens_per_s"]
+                row[f"prompt_times_{name}"] = read / base["prompt_tokens_per_s"]
+            rows.append(row)
+            print(f"  {row}", flush=True)
+            yield rows
         del model
         gc.collect()
         mx.clear_cache()
-        for row in rows:
-            for name, base in zip(("bfloat16", "affine"), rows[:2], strict=False):
-                row[f"generation_times_{name}"] = row["generation_tokens_per_s"] / base["generation_tokens_per_s"]
-                row[f"prompt_times_{name}"] = row["prompt_tokens_per_s"] / base["prompt_tokens_per_s"]
-        yield rows
 
 
 def main() -> None:
@@ -139,12 +157,16 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--context", type=int, nargs="+", default=[0], help="tokens held before the prompt")
     args = parser.parse_args()
     config = EIGHT_B | {"num_hidden_layers": args.layers}
     bits = " ".join(map(str, args.bits))
+    contexts = " ".join(map(str, args.context))
     command = f"python -m benchmarks.big_model --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
+    command += f" --context {contexts}"
+    cases = [Case(context, args.prompt, args.tokens) for context in args.context]
     rows: list[dict[str, Any]] = []
-    for rows in measure(config, args.bits, args.prompt, args.tokens):
+    for rows in measure(config, args.bits, cases):
         save("big_model", command, rows)
     report("big_model", command, rows)
 
