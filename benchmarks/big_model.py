@@ -3,7 +3,7 @@
     python -m benchmarks.big_model [--layers 32] [--bits 3 4] [--tokens 128] [--context 0 32768]
 
 Nothing is downloaded or written to disk: codes are random bits, which take as long to read as real ones, and so are
-keys and values of a context before the prompt. Every model is driven by mlx-lm's own `generate_step`, and only one is in
+keys and values of a context before the prompt. mlx-lm's own `generate_step` drives every model, and only one is in
 memory at a time. TurboQuant's default leaves embeddings in full precision, affine, as `mlx_lm.convert -q`, does not.
 """
 
