@@ -1,10 +1,11 @@
 """From the text of a kernel to a compiled one, on Metal and on CUDA alike.
 
-A kernel is a body, a few lines that call into the files of `source/`, which are written once over a small dialect;
-`prelude_metal.h` and `prelude_cuda.h` give the dialect each machine's own words.
+A kernel is a body, a few lines that call into the other files of `source/`, which are written once over a small
+dialect; `prelude_metal.h` and `prelude_cuda.h` give the dialect each machine's own words.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ SIMD = 32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, the files of `source/` that it needs in order, its arrays, and the text of its body.
+    """A kernel's name, the files of `source/` that it needs, and its arrays; its body is the .kernel file of its name.
 
     large_memory: bytes for THREADGROUP_LARGE, which CUDA alone has.
     """
@@ -32,18 +33,26 @@ class Kernel:
     sources: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    body: str
     large_memory: int = 0
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
 
-        MLX hashes the text at every launch, and that of these files takes it longer than some kernels run.
+        MLX hashes the text at every launch, which takes longer than some kernels run.
         """
         names = (f"prelude_{dialect}.h", *self.sources)
         if dialect == "cuda":
-            return "".join(f'#include "{SOURCE / name}"\n' for name in names)
-        return "\n".join(source_text(name) for name in names)
+            return "".join(map(_include, names))
+        return _flat(names)
+
+    def body(self, dialect: Dialect) -> str:
+        """What the kernel does, as MLX takes it, which looks for the names of shapes in it."""
+        name = self.name.removeprefix("turboquant_") + ".kernel"
+        text = _flat([name])
+        if dialect == "cuda":
+            shapes = sorted(set(re.findall(r"\w+_shape\b", text)))
+            return f"// {' '.join(shapes)}\n{_include(name)}"
+        return text
 
     def launch(
         self,
@@ -68,11 +77,25 @@ class Kernel:
         )
 
 
-@cache
-def source_text(name: str) -> str:
-    """The text of a file of `source/`, without comments and indentation."""
-    lines = (line.split("//")[0].strip() for line in (SOURCE / name).read_text().splitlines())
-    return "\n".join(line for line in lines if line)
+def _include(name: str) -> str:
+    return f'#include "{SOURCE / name}"\n'
+
+
+def _flat(names: Iterable[str]) -> str:
+    """The text of files of `source/` with what they include, each once, without comments and indentation."""
+    seen = set[str]()
+
+    def lines(name: str) -> Iterator[str]:
+        if name in seen:
+            return
+        seen.add(name)
+        for line in (SOURCE / name).read_text().splitlines():
+            if included := re.fullmatch(r'#include "(.+\.(?:metal|kernel))"', line):
+                yield from lines(included[1])
+            elif text := line.split("//")[0].strip().replace("#pragma once", ""):
+                yield text
+
+    return "\n".join(line for name in names for line in lines(name)) + "\n"
 
 
 @cache
@@ -125,7 +148,7 @@ def _compiled(kernel: Kernel, dialect: Dialect) -> Callable[..., list[mx.array]]
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=kernel.body,
+        source=kernel.body(dialect),
         header=kernel.header(dialect),
         **more,
     )

@@ -29,94 +29,24 @@ SOURCES = (
 
 ATTEND = Kernel(
     name="turboquant_attention",
-    sources=SOURCES,
+    sources=("attention_units.metal",),
     inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "length",
             "chunk", "factor", "bias"),
     outputs=("sums", "stats"),
-    body="""
-  constexpr int MOST_SIZE = KEY_SIZE > VALUE_SIZE ? KEY_SIZE : VALUE_SIZE;
-  THREADGROUP_ARRAY(float, shared, ROWS * MOST_SIZE);
-  using Halves = turboquant::Choose<NVIDIA, uint4, uint>::Type;
-  THREADGROUP_ARRAY(Halves, halves, NVIDIA ? ROWS * ((KEY_SIZE + 16) / 32) * 4 : ROWS * KEY_SIZE / 2);
-  THREADGROUP_ARRAY(float, maxima, SIMDGROUPS * ROWS);
-  THREADGROUP_ARRAY(float, totals, SIMDGROUPS * ROWS);
-  THREADGROUP_ARRAY(float, factors, (SIMDGROUPS > 2 ? SIMDGROUPS : 2) * ROWS);
-  uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup, index = simdgroup * 32 + lane;
-  uint heads = keys_shape[1], room = keys_shape[2], all_rows = queries_shape[1] / heads * queries_shape[2];
-  uint tiles = (all_rows + ROWS - 1) / ROWS, part = threadgroup_position_in_grid.x;
-  uint tokens = length[0], each = chunk[0], parts = threadgroups_per_grid.x;
-  uint head = threadgroup_position_in_grid.y / tiles, first = threadgroup_position_in_grid.y % tiles * ROWS;
-  uint rows = all_rows - first < uint(ROWS) ? all_rows - first : ROWS;
-  uint per_head = all_rows / queries_shape[2], entry = head / heads, of_entry = head % heads * per_head;
-  uint strides[3] = {uint(bias_shape[1] * bias_shape[2] * bias_shape[3]), uint(bias_shape[2] * bias_shape[3]),
-                     uint(bias_shape[3])};
-  turboquant::Sight<MASK> sight{
-      tokens, all_rows, uint(queries_shape[2]), first, rows,
-      bias + (bias_shape[0] > 1 ? entry * strides[0] : 0) + (bias_shape[1] > 1 ? of_entry * strides[1] : 0),
-      bias_shape[1] > 1 ? strides[1] : 0, bias_shape[2] > 1 ? strides[2] : 0, bias_shape[3] > 1 ? 1u : 0u};
-  turboquant::rotate_queries<ROWS, KEY_SIZE, KEY_ODD, KEY_POWER, SIMDGROUPS, T>(
-      queries + (head * all_rows + first) * KEY_SIZE, q_signs, odd, shared, factors, rows, factor[0], index);
-  turboquant::stage_queries<ROWS, KEY_SIZE, SIMDGROUPS>(shared, factors, halves, index);
-  turboquant::Table k_values = turboquant::load_table(k_table), v_values = turboquant::load_table(v_table);
-  using Mine = turboquant::Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, NVIDIA>;
-  Mine mine;
-  uint start = part * each, end = start + each < tokens ? start + each : tokens;
-  if (MASK == 1) {
-    uint seen = tokens - queries_shape[2] + sight.last_query() + 1;
-    end = end < seen ? end : seen;
-  }
-  mine.template walk<SIMDGROUPS>(
-      halves, factors, keys + head * room * (KEY_SIZE * KEY_BITS / 32), k_scales + head * room * (KEY_SIZE / KEY_GROUP),
-      values + head * room * (VALUE_SIZE * VALUE_BITS / 32), v_scales + head * room * (VALUE_SIZE / VALUE_GROUP),
-      k_values, v_values, sight, start + 16 * simdgroup, end, lane);
-  mine.finish();
-  mine.note(maxima + simdgroup * ROWS, totals + simdgroup * ROWS, lane);
-  turboquant::join<ROWS, SIMDGROUPS>(maxima, totals, factors, index);
-  for (int turn = 0; turn < SIMDGROUPS; turn++) {
-    if (simdgroup == uint(turn)) {
-      mine.give(shared, factors + turn * ROWS, turn == 0, lane);
-    }
-    turboquant::barrier();
-  }
-  for (uint i = index; i < rows * VALUE_SIZE; i += 32 * SIMDGROUPS) {
-    uint row = head * all_rows + first + i / VALUE_SIZE;
-    uint place = Mine::place(i / VALUE_SIZE, i % VALUE_SIZE);
-    sums[(row * parts + part) * VALUE_SIZE + i % VALUE_SIZE] = shared[place];
-  }
-  if (index < rows) {
-    uint row = head * all_rows + first + index;
-    stats[(row * parts + part) * 2] = maxima[index];
-    stats[(row * parts + part) * 2 + 1] = totals[index];
-  }
-""",
 )  # fmt: skip
 
 JOIN = Kernel(
     name="turboquant_attention_parts",
-    sources=SOURCES,
+    sources=("attention.metal",),
     inputs=("sums", "stats", "sinks", "new_sums", "new_stats", "signs", "odd"),
     outputs=("out",),
-    body="""
-  THREADGROUP_ARRAY(float, shared, SIMDGROUPS * SIZE);
-  uint row = threadgroup_position_in_grid.x, parts = sums_shape[1];
-  turboquant::join_parts<SIZE, ODD, POWER, SIMDGROUPS, SINKS, NEWEST, T>(
-      sums + row * parts * SIZE, stats + row * parts * 2, sinks, new_sums + row * SIZE, new_stats + row * 2, signs, odd,
-      out + row * SIZE, shared, parts, row / QUERIES % HEADS, thread_index_in_threadgroup);
-""",
 )
 
 PACK = Kernel(
     name="turboquant_pack_cache",
-    sources=("lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "pack_cache.metal"),
+    sources=("pack_cache.metal",),
     inputs=("x", "signs", "odd", "codebook"),
     outputs=("codes", "scales"),
-    body="""
-  THREADGROUP_ARRAY(float, shared, SIZE);
-  THREADGROUP_ARRAY(uint, chosen, SIZE);
-  turboquant::pack_head<BITS, SIZE, GROUP, ODD, POWER, T>(
-      x, signs, odd, codebook, codes, scales, shared, chosen, threadgroup_position_in_grid.x,
-      thread_index_in_threadgroup);
-""",
 )
 
 

@@ -85,46 +85,23 @@ _INPUTS = ("stacked", "turns", "query_norm", "key_norm", "eps", "factor", "waiti
 
 ATTEND = Kernel(
     name="turboquant_decode_attention",
-    sources=SOURCES,
+    sources=("decode_attention.metal",),
     inputs=(*_INPUTS, "keys", "values", "held", "chunk"),
     outputs=("out", "stats", "joined"),
-    body=_TOKEN
-    + """
-  uint room = keys_shape[2], begin = head * room * SIZE, old = held[0];
-  uint start = part * chunk[0], end = start + chunk[0] < old ? start + chunk[0] : old;
-  seen.template walk<SIMDGROUPS, T>(keys + begin, values + begin, start, end, simdgroup, lane);
-"""
-    + _TOGETHER,
 )
 
 WAITERS = Kernel(
     name="turboquant_decode_attention_waiting",
-    sources=SOURCES,
+    sources=("decode_attention.metal",),
     inputs=_INPUTS,
     outputs=("out", "stats", "joined", "queries"),
-    body=_TOKEN
-    + """
-  for (uint i = index; i < count * SIZE; i += THREADS) {
-    queries[row * SIZE + i] = static_cast<T>(rows[i]);
-  }
-"""
-    + _TOGETHER,
 )
 
 JOIN = Kernel(
     name="turboquant_decode_attention_parts",
-    sources=SOURCES,
+    sources=("decode_attention.metal",),
     inputs=("sums", "stats"),
     outputs=("out",),
-    body="""
-  THREADGROUP_ARRAY(float, shared, SIMDGROUPS * SIZE);
-  uint row = threadgroup_position_in_grid.x, parts = sums_shape[1], index = thread_index_in_threadgroup;
-  turboquant::add_parts<SIZE, SIMDGROUPS>(
-      sums + row * parts * SIZE, stats + row * parts * 2, turboquant::NOTHING, 0.0f, shared, parts, index);
-  for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
-    out[row * SIZE + column] = static_cast<T>(shared[column]);
-  }
-""",
 )
 
 

@@ -25,82 +25,30 @@ _FIND = """
 
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
-    sources=SOURCES,
+    sources=("experts.metal",),
     inputs=(*INPUTS, "chosen"),
     outputs=("out",),
-    body="""
-  THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
-  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
-  uint pair = threadgroup_position_in_grid.y, row = pair / TIMES;
-  share.expert = chosen[pair];
-  share.rows = 16 * share.tiles - SPARE;
-  turboquant::Result<false, T, turboquant::Device<const float>> result{
-      out + pair * share.rows, x_scales + row, out, share.rows, 1};
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
-      x + row * PARTS * share.blocks * 256, share.codes(codes), share.scales(scales), table, result, partial, PARTS,
-      share.blocks, threadgroup_position_in_grid.x, 0, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-""",
 )
 
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
-    sources=(*turned_product.SOURCES, "experts.metal"),
+    sources=("turned_product.metal", "experts.metal"),
     inputs=("x", "signs", "odd", "codes", "scales", "table", "chosen"),
     outputs=("out",),
-    body="""
-  constexpr int THREADS = 32 * SLICES * TEAMS;
-  using Turning = turboquant::Turning<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
-  constexpr int TURNING = Turning::COUNT * Turning::SCRATCH, ADDING = THREADS / 2 * COLUMNS;
-  THREADGROUP_HALVES(halves, PARTS * (PADDED + 32));
-  THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
-  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, 1);
-  THREADGROUP_ARRAY(float, numbers, THREADS / 8);
-  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
-  uint index = thread_index_in_threadgroup, pair = threadgroup_position_in_grid.y;
-  share.expert = chosen[pair];
-  share.rows = 16 * share.tiles - SPARE;
-  turboquant::Ready<PADDED> ready{halves, factors};
-  turboquant::TileWalk<BITS, GROUP, SLICES, TEAMS, PARTS, COLUMNS, NVIDIA, false, STEP, PADDED, T> walk(
-      share.codes(codes), share.scales(scales), table, share.tiles, threadgroup_position_in_grid.x, index);
-  turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
-  turboquant::make_ready<Turning, THREADS, AT_ONCE, PARTS, SCALED, 0, WIDTH>(
-      x + pair / TIMES * WIDTH, x, 0, signs, ready, scratch, numbers, matrix, 1, index);
-  turboquant::Result<false, T, turboquant::Shared<float>> result{out + pair * share.rows, factors, out, share.rows, 1};
-  walk.multiply(ready, scratch, result, PARTS);
-""",
 )
 
 SEGMENTS = Kernel(
     name="turboquant_expert_segments",
-    sources=SOURCES,
+    sources=("experts.metal",),
     inputs=(*INPUTS, "first_rows", "first_blocks"),
     outputs=("out",),
-    body=_FIND
-    + """
-  THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
-  turboquant::Result<false, T, turboquant::Device<const float>> result{
-      out + share.first * share.rows, x_scales + share.first, out, share.rows, 1};
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
-      x + share.first * PARTS * share.blocks * 256, share.codes(codes), share.scales(scales), table, result, partial,
-      share.count * PARTS, share.blocks, threadgroup_position_in_grid.x, share.block, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup);
-""",
 )
 
 MATMUL = Kernel(
     name="turboquant_expert_matmul",
-    sources=SOURCES,
+    sources=("matmul.metal", "experts.metal"),
     inputs=(*INPUTS, "first_rows", "first_blocks"),
     outputs=("out",),
-    body=_FIND
-    + """
-  THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
-  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, NVIDIA, T>(
-      x + share.first * PARTS * share.blocks * 256, x_scales + share.first, share.codes(codes), share.scales(scales),
-      table, out + share.first * share.rows, staged, share.count * PARTS, share.tiles, share.blocks, share.rows,
-      threadgroup_position_in_grid.x, share.block, thread_index_in_threadgroup);
-""",
 )
 
 MATRIX_ROWS = 16

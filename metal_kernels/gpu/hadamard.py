@@ -23,18 +23,9 @@ PIECE_ROWS = 128
 
 ROTATE = Kernel(
     name="turboquant_rotate",
-    sources=("lanes.metal", "runs.metal", "hadamard.metal"),
+    sources=("hadamard.metal",),
     inputs=("x", "signs", "odd"),
     outputs=("out", "scales"),
-    body="""
-  constexpr int SCRATCH = turboquant::scratch_of<POWER, THREADS, AT_ONCE>();
-  THREADGROUP_ARRAY(float, scratch, SCRATCH);
-  THREADGROUP_ARRAY(float, numbers, THREADS / 16);
-  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  turboquant::rotate<ODD, POWER, THREADS, AT_ONCE, TRANSFORM, PARTS, SCALED, KIND, PIECES, SHARED_OUT, WIDTH, PADDED, T,
-                     OUT>(x, signs, odd, out, scales, scratch, numbers, matrix, threadgroup_position_in_grid.x,
-                          thread_index_in_threadgroup);
-""",
 )
 
 

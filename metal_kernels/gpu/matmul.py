@@ -10,16 +10,9 @@ from metal_kernels.launch import SIMD, Dialect, Kernel
 
 MATMUL = Kernel(
     name="turboquant_matmul",
-    sources=("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal"),
+    sources=("matmul.metal",),
     inputs=("x", "x_scales", "codes", "scales", "table"),
     outputs=("out",),
-    body="""
-  THREADGROUP_ARRAY(uint4, staged, 2 * 8 * PIECES * COLUMN_GROUPS * 8);
-  turboquant::matmul<BITS, GROUP, TILES, PIECES, ROW_GROUPS, COLUMN_GROUPS, PARTS, NVIDIA, T>(
-      x, x_scales, codes, scales, table, out, staged, x_shape[0], codes_shape[0], codes_shape[1],
-      16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-      thread_index_in_threadgroup);
-""",
 )
 
 

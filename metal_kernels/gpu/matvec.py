@@ -11,17 +11,9 @@ COLUMNS = 8
 
 MATVEC = Kernel(
     name="turboquant_matvec",
-    sources=("codes.metal", "matvec.metal"),
+    sources=("matvec.metal",),
     inputs=("x", "x_scales", "codes", "scales", "table", "added"),
     outputs=("out",),
-    body="""
-  THREADGROUP_ARRAY(float, partial, SLICES * 16 * COLUMNS);
-  turboquant::Result<ADDED, T, turboquant::Device<const float>> result{
-      out, x_scales, added, uint(16 * codes_shape[0] - SPARE), uint(added_shape[0])};
-  turboquant::matvec<BITS, GROUP, SLICES, PARTS, COLUMNS, NVIDIA>(
-      x, codes, scales, table, result, partial, x_shape[0], codes_shape[1], threadgroup_position_in_grid.x,
-      threadgroup_position_in_grid.y, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-""",
 )
 
 

@@ -12,16 +12,9 @@ SIMDGROUPS = 8
 
 QUANTIZE = Kernel(
     name="turboquant_quantize",
-    sources=("lanes.metal", "quantize.metal"),
+    sources=("quantize.metal",),
     inputs=("x", "codebook", "factors"),
     outputs=("codes", "scales"),
-    body="""
-  uint group = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
-  if (group < uint(x_shape[0])) {
-    turboquant::quantize_group<BITS, FACTORS>(
-        x, codebook, factors, codes, scales, uint(x_shape[1]), group, thread_index_in_simdgroup);
-  }
-""",
 )
 
 

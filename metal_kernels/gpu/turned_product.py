@@ -16,29 +16,9 @@ SOURCES = ("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "matvec
 
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
-    sources=SOURCES,
+    sources=("turned_product.metal",),
     inputs=("x", "weights", "eps", "signs", "odd", "codes", "scales", "table", "added"),
     outputs=("out",),
-    body="""
-  constexpr int THREADS = 32 * SLICES * TEAMS;
-  using Turning = turboquant::Turning<ODD, POWER, THREADS, AT_ONCE, TRANSFORM>;
-  constexpr int TURNING = Turning::COUNT * Turning::SCRATCH, ADDING = (PAIRED ? 2 : 1) * THREADS / 2 * COLUMNS;
-  THREADGROUP_HALVES(halves, ROWS * PARTS * (PADDED + 32));
-  THREADGROUP_ARRAY(float, scratch, TURNING > ADDING ? TURNING : ADDING);
-  THREADGROUP_ARRAY(uint4, matrix, ODD > 1 ? ODD * ODD / 4 : 1);
-  THREADGROUP_ARRAY(float, factors, ROWS);
-  THREADGROUP_ARRAY(float, numbers, THREADS / 8);
-  uint index = thread_index_in_threadgroup, rows = x_shape[0];
-  turboquant::Ready<PADDED> ready{halves, factors};
-  turboquant::TileWalk<BITS, GROUP, SLICES, TEAMS, PARTS, COLUMNS, NVIDIA, PAIRED, STEP, PADDED, T> walk(
-      codes, scales, table, codes_shape[0], threadgroup_position_in_grid.x, index);
-  turboquant::stage_matrix<ODD, THREADS>(odd, matrix, index);
-  turboquant::make_ready<Turning, THREADS, AT_ONCE, PARTS, SCALED, KIND, WIDTH>(
-      x, weights, eps[0], signs, ready, scratch, numbers, matrix, rows, index);
-  turboquant::Result<ADDED, T, turboquant::Shared<float>> result{
-      out, factors, added, uint(16 * codes_shape[0] - SPARE) / (PAIRED ? 2 : 1), uint(added_shape[0])};
-  walk.multiply(ready, scratch, result, rows * PARTS);
-""",
 )
 
 PLAIN, NORMED = 0, 2

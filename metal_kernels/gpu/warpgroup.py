@@ -11,18 +11,9 @@ from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
     name="turboquant_warpgroup_matmul",
-    sources=("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal", "warpgroup.metal"),
+    sources=("warpgroup.metal",),
     inputs=("x", "x_scales", "codes", "scales", "table"),
     outputs=("out",),
-    body="""
-  THREADGROUP_LARGE(uint4, staged, 4 * 8 * COLUMNS);
-  THREADGROUP_LARGE(T, results, COLUMNS / PARTS * (64 * WARPGROUPS + 16 / sizeof(T)));
-  THREADGROUP_ARRAY(turboquant::Arrival, arrived, 4);
-  turboquant::warpgroup_matmul<BITS, GROUP, WARPGROUPS, COLUMNS, COUNT, PARTS, T>(
-      x, x_scales, codes, scales, table, out, staged, results, arrived, x_scales_shape[0], codes_shape[0],
-      codes_shape[1], 16 * codes_shape[0] - SPARE, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-      thread_index_in_threadgroup);
-""",
     large_memory=70 * 1024,
 )
 FEW_ROWS = 64

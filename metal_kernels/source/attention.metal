@@ -4,6 +4,11 @@
 // simdgroups take 16 tokens in turn. Lane (g = lane / 4, t = lane % 4) decodes a quarter of the keys of tokens g and
 // g + 8 and an eighth of the values of tokens 2t, 2t + 1, 2t + 8 and 2t + 9, in registers. Each simdgroup keeps a running
 // maximum, as flash attention does. A second kernel adds up the parts, the sinks, and turns the result back.
+#pragma once
+
+#include "heads.metal"
+#include "tokens.metal"
+#include "softmax.metal"
 
 namespace turboquant {
 

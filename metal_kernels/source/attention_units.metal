@@ -1,4 +1,7 @@
 // Attention on NVIDIA's matrix units: what takes the place of the parts of attention.metal that lanes do by themselves.
+#pragma once
+
+#include "attention.metal"
 
 namespace turboquant {
 

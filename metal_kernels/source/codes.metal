@@ -6,6 +6,7 @@
 // 16 x 16 matrix that one step of a matrix unit takes. The codes of planes 0, 1 and 2 are the low three bits of the
 // nibbles of words 0, 1 and 2, plane 3 is their top bits; with 2 bits a word holds two planes. Of 4 bits, the word 3
 // has the signs. A code is a sign, its top bit, and the index of a magnitude.
+#pragma once
 
 namespace turboquant {
 

@@ -2,6 +2,9 @@
 //
 // A threadgroup takes HEADS heads of queries that share one head of keys and values, and a part of the tokens. Eight lanes
 // share a token's row, so a simdgroup takes four tokens at once, twice. Each four of lanes keeps a running maximum.
+#pragma once
+
+#include "softmax.metal"
 
 namespace turboquant {
 

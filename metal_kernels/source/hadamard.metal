@@ -1,5 +1,9 @@
 // Signs, then the Hadamard transform of one block of ODD * POWER values; one threadgroup a block, or one of its runs. The odd
 // factor's matrix comes after the runs' transforms, or before them where runs are shared out.
+#pragma once
+
+#include "lanes.metal"
+#include "runs.metal"
 
 namespace turboquant {
 

@@ -1,4 +1,8 @@
 // Hadamard transforms of the heads of queries, keys and values, in threadgroup memory.
+#pragma once
+
+#include "runs.metal"
+#include "hadamard.metal"
 
 namespace turboquant {
 

@@ -1,4 +1,5 @@
 // Sums and maxima over a simdgroup, which all its lanes get.
+#pragma once
 
 namespace turboquant {
 

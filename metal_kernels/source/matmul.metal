@@ -4,6 +4,10 @@
 // of a row and a column group. A unit of 64 input columns at a time, weights are decoded and scaled in registers, in
 // the matrix units' own order, and activations wait in threadgroup memory, the next unit's on their way meanwhile.
 // The weight is never written anywhere.
+#pragma once
+
+#include "matvec.metal"
+#include "matrix.metal"
 
 namespace turboquant {
 

@@ -3,6 +3,9 @@
 // A lane's seat is 4 * g + t: it holds columns 2t and 2t + 1, and the 8 after them, of rows g and g + 8 of the weights,
 // and columns 2t and 2t + 1 of the same rows of the sums. `operands` are the activations for a lane's two planes of a
 // half unit, from (columns, 8 vectors of 8 halves) in threadgroup memory, where vector v of a column is in `place`.
+#pragma once
+
+#include "codes.metal"
 
 namespace turboquant {
 

@@ -4,6 +4,9 @@
 // the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
 // product is one such row; with PARTS = 2 two of them, high and low part, make one. Sums are float, and a group's
 // scale multiplies its sum.
+#pragma once
+
+#include "codes.metal"
 
 namespace turboquant {
 

@@ -1,4 +1,8 @@
 // Keys or values of one head of a new token: rotated, quantized and packed by one simdgroup.
+#pragma once
+
+#include "heads.metal"
+#include "lanes.metal"
 
 namespace turboquant {
 

@@ -1,4 +1,7 @@
 // Rotated weights to codes and scales: a simdgroup for each group of values that share a scale.
+#pragma once
+
+#include "lanes.metal"
 
 namespace turboquant {
 

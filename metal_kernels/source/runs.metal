@@ -3,6 +3,7 @@
 // A thread holds EACH values of each run, VECTOR of them beside each other. The transform is butterflies over the bits of
 // an index: some within a thread, the next five across lanes, those of the simdgroups after values have changed places by
 // way of threadgroup memory.
+#pragma once
 
 namespace turboquant {
 

@@ -1,4 +1,7 @@
 // Running maxima and sums of weighted values, as flash attention has them: scores are in powers of two.
+#pragma once
+
+#include "lanes.metal"
 
 namespace turboquant {
 

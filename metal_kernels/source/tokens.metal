@@ -1,4 +1,7 @@
 // Keys and values as a cache holds them: the codes of a token's head are a stream of bits, low bits first.
+#pragma once
+
+#include "codes.metal"
 
 namespace turboquant {
 

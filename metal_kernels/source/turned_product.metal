@@ -1,5 +1,9 @@
 // Products of few rows of activations, as they come, with a weight in tiles: every threadgroup turns all rows, into
 // threadgroup memory, while its first codes are on their way, and then takes one tile after the other.
+#pragma once
+
+#include "hadamard.metal"
+#include "matvec.metal"
 
 namespace turboquant {
 

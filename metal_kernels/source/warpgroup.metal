@@ -4,6 +4,9 @@
 // them. COUNT planes at a time, weights are decoded and scaled in registers while the matrix units, in the background,
 // multiply the planes before. Activations lie in device memory in pieces (hadamard.metal), which are copied whole: unit
 // u of each block to stage u, asked for three units before it is needed.
+#pragma once
+
+#include "matmul.metal"
 
 namespace turboquant {
 

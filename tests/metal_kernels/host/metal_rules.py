@@ -79,7 +79,7 @@ def program(kernel: Kernel, constants: Mapping[str, Any], inputs: Sequence[mx.ar
     parameters += [f"device {TYPES[kind]}* {name}" for (_, kind), name in zip(outputs, kernel.outputs, strict=True)]
     parameters += [f"{kind} {name}" for kind, names in POSITIONS.items() for name in names]
     lines = [kernel.header("metal"), f"void {kernel.name}({', '.join(parameters)}) {{"]
-    return "\n".join([*lines, *definitions(constants), kernel.body, "}"])
+    return "\n".join([*lines, *definitions(constants), kernel.body("metal"), "}"])
 
 
 def definitions(constants: Mapping[str, Any]) -> list[str]:
