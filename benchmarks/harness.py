@@ -17,7 +17,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-ROUND_SECONDS, MOST_CALLS, CHAIN = 4e-3, 400, 50
+ROUND_SECONDS, MOST_CALLS, CHAIN = 16e-3, 400, 50
 
 
 def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 2) -> float:

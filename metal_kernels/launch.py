@@ -104,6 +104,11 @@ def constant(value: float) -> mx.array:
     return made(mx.full((8,), value))
 
 
+def float_bits(value: float) -> int:
+    """A float32 as an integer, for a compile-time value: kernels have it back by `bits_float`."""
+    return int(np.float32(value).view(np.int32))
+
+
 @cache
 def table(numbers: tuple[float, ...]) -> mx.array:
     """Numbers as an array that every launch shares, repeated until they are long enough, see `constant`."""

@@ -36,11 +36,11 @@ class ModelStep:
 
     def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
         """The model's output (B, 1, width), normalised, for x (B, 1, width); the caches have a token more then."""
-        lent = [lend(cache, self._run.dtype) for cache in caches]
-        first, held, codes = lent[0], [cache.held for cache in lent], tuple(cache.codes for cache in lent)
-        y, waiting = self._run(x[:, 0], first.offset, first.before, first.waits, held, codes)
-        for cache, joined in zip(lent, waiting, strict=True):
-            cache.join(joined)
+        lent = [lend(cache, heads, self._run.dtype) for cache, heads in zip(caches, self._run.heads, strict=True)]
+        first, arrays, codes = lent[0], [cache.arrays for cache in lent], tuple(cache.codes for cache in lent)
+        y, all_kept = self._run(x[:, 0], first.offset, first.held, first.waits, arrays, codes)
+        for cache, kept in zip(lent, all_kept, strict=True):
+            cache.join(kept)
         return y[:, None]
 
     def _operations(self, caches: Sequence[Any]) -> tuple[str, ...]:

@@ -17,16 +17,17 @@ SHARE = 4
 
 
 class Waiting:
-    """What a lent cache has besides: `held`, its arrays, the first for those that wait; how the others are packed;
-    `before` tokens in them, and `waits` more that wait."""
+    """What a lent cache has besides: its arrays, the first for those that wait; how the others are packed; `held`
+    tokens in them, and `waits` more that wait."""
 
-    held: Held
+    heads: Heads
+    arrays: Held
     codes: Codes | None
-    before: int
+    held: int
     waits: int
     offset: int
 
-    def begin(self, dtype: mx.Dtype) -> None:
+    def begin(self, heads: Heads, dtype: mx.Dtype) -> None:
         """Be lent, for tokens of this dtype."""
         raise NotImplementedError
 
@@ -34,21 +35,23 @@ class Waiting:
         """Be of its own kind again."""
         raise NotImplementedError
 
-    def join(self, waiting: mx.array) -> None:
+    def join(self, kept: mx.array) -> None:
         """One token more waits, with those before it, in this array."""
-        self.held = (waiting, *self.held[1:])
+        self.arrays = (kept, *self.arrays[1:])
         self.waits += 1
         self.offset += 1
 
-    def _begin(self, arrays: Sequence[mx.array], size: int, before: int, dtype: mx.Dtype, codes: Codes | None) -> None:
-        room = mx.zeros((2, *arrays[0].shape[:2], WAITING, size), dtype)
-        self.held, self.codes, self.before, self.waits = (room, *arrays), codes, before, 0
+    def _begin(self, heads: Heads, dtype: mx.Dtype, arrays: Sequence[mx.array], held: int, codes: Codes | None) -> None:
+        self.arrays = (heads.room(arrays[0].shape[0], dtype), *arrays)
+        self.heads, self.codes, self.held, self.waits = heads, codes, held, 0
 
     def _end(self, kind: type) -> mx.array | None:
         """Keys and values (2, B, heads, waits, size) that waited; the cache is of this kind then."""
-        new = self.held[0][:, :, :, : self.waits] if vars(self).get("waits") else None
-        for name in ("held", "codes", "before", "waits"):
-            vars(self).pop(name, None)
+        own, new = vars(self), None
+        if own.get("waits"):
+            new = self.heads.waiting(self.arrays[0], self.arrays[1].shape[0])[:, :, :, : self.waits]
+        for name in ("heads", "arrays", "codes", "held", "waits"):
+            own.pop(name, None)
         cast(Any, self).__class__ = kind
         return new
 
@@ -56,17 +59,16 @@ class Waiting:
 class WaitingKVCache(Waiting, KVCache):
     """mlx-lm's cache, lent."""
 
-    def begin(self, dtype: mx.Dtype) -> None:
+    def begin(self, heads: Heads, dtype: mx.Dtype) -> None:
         """As of `Waiting`."""
-        keys, values = vars(self)["keys"], vars(self)["values"]
-        self._begin((keys, values), keys.shape[3], self.offset, dtype, None)
+        self._begin(heads, dtype, (vars(self)["keys"], vars(self)["values"]), self.offset, None)
 
     def end(self) -> None:
         """As of `Waiting`."""
-        before, length = vars(self).get("before", 0), self.offset
+        held, length = vars(self).get("held", 0), self.offset
         new = self._end(KVCache)
         if new is not None:
-            self.offset, self.step = before, _growth(before)
+            self.offset, self.step = held, _growth(held)
             self.update_and_fetch(new[0], new[1])
             self.offset = length
 
@@ -79,11 +81,11 @@ class WaitingKVCache(Waiting, KVCache):
 class WaitingTurboQuantKVCache(Waiting, TurboQuantKVCache):
     """A compressed cache, lent; those that wait are in full precision."""
 
-    def begin(self, dtype: mx.Dtype) -> None:
+    def begin(self, heads: Heads, dtype: mx.Dtype) -> None:
         """As of `Waiting`."""
         keys, values = vars(self)["_keys"], vars(self)["_values"]
-        arrays, codes = (*keys.store, *values.store), gpu_codes(keys.code, values.code)
-        self._begin(arrays, keys.code.size, vars(self)["_packed"], dtype, codes)
+        codes = gpu_codes(keys.code, values.code)
+        self._begin(heads, dtype, (*keys.store, *values.store), vars(self)["_packed"], codes)
 
     def end(self) -> None:
         """As of `Waiting`."""
@@ -147,13 +149,13 @@ def same_length(caches: Sequence[Any]) -> bool:
     return len({cache.offset for cache in caches}) == len(waiting) == 1
 
 
-def lend(cache: Any, dtype: mx.Dtype) -> Waiting:
+def lend(cache: Any, heads: Heads, dtype: mx.Dtype) -> Waiting:
     """The same cache, lent, with room for one token more to wait; see `can_be_lent`."""
     if isinstance(cache, Waiting) and cache.waits == WAITING:
         cache.end()
     if not isinstance(cache, Waiting):
         cache.__class__ = _LENT[type(cache)]
-        cache.begin(dtype)
+        cache.begin(heads, dtype)
     return cache
 
 

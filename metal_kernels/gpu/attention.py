@@ -1,17 +1,17 @@
 """Attention over packed keys and values, and the packing of new ones, on a GPU."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
 import mlx.core as mx
 import numpy as np
 
-from metal_kernels.gpu.hadamard import factors, odd_factor
+from metal_kernels.gpu.fixed import factors, fixed_words
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import BITS, sign_bits, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel, constant, made, number, table, zeros
+from metal_kernels.gpu.tiles import BITS, symmetric, table_words
+from metal_kernels.launch import SIMD, Kernel, constant, float_bits, made, number, table
 from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
@@ -22,30 +22,24 @@ TOKENS_AT_ONCE = 16 * SIMDGROUPS
 THREADGROUPS = 528
 """Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
-SOURCES = (
-    *("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "heads.metal", "tokens.metal"),
-    *("softmax.metal", "attention.metal", "attention_units.metal"),
-)
-
 ATTEND = Kernel(
     name="turboquant_attention",
     sources=("attention_units.metal",),
-    inputs=("queries", "q_signs", "keys", "k_scales", "values", "v_scales", "k_table", "v_table", "odd", "length",
-            "chunk", "factor", "bias"),
-    outputs=("sums", "stats"),
-)  # fmt: skip
+    inputs=("queries", "k_fixed", "keys", "k_scales", "v_fixed", "values", "v_scales", "length", "bias"),
+    outputs=("out",),
+)
 
 JOIN = Kernel(
     name="turboquant_attention_parts",
     sources=("attention.metal",),
-    inputs=("sums", "stats", "sinks", "new_sums", "new_stats", "signs", "odd"),
+    inputs=("parts", "sinks", "fixed"),
     outputs=("out",),
 )
 
 PACK = Kernel(
     name="turboquant_pack_cache",
     sources=("pack_cache.metal",),
-    inputs=("x", "signs", "odd", "codebook"),
+    inputs=("x", "fixed", "codebook"),
     outputs=("codes", "scales"),
 )
 
@@ -59,9 +53,7 @@ class HeadCode:
     group: int
     odd: int
     power: int
-    signs: mx.array
-    matrix: mx.array
-    table: mx.array
+    fixed: mx.array
     codebook: mx.array
 
     @staticmethod
@@ -69,8 +61,8 @@ class HeadCode:
         """The code of heads of `size` values in groups of `group`."""
         odd, power = factors(block)
         return HeadCode(
-            bits_of(codebook), size, group, odd, power, made(sign_bits(signs, size)), odd_factor(odd),
-            token_table(codebook), table(codebook),
+            bits_of(codebook), size, group, odd, power, fixed_words(token_table(codebook), signs, block, size),
+            table(codebook),
         )  # fmt: skip
 
 
@@ -115,12 +107,8 @@ def _pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
         ((*leading, code.size * code.bits // 32), mx.uint32),
         ((*leading, code.size // code.group), mx.float16),
     ]
-    codes, scales = PACK.launch([x, code.signs, code.matrix, code.codebook], outputs, (heads, 1), SIMD, constants)
+    codes, scales = PACK.launch([x, code.fixed, code.codebook], outputs, (heads, 1), SIMD, constants)
     return codes, scales
-
-
-Parts = tuple[mx.array, mx.array]
-"""Weighted sums (rows, parts, size), and maxima and totals (rows, parts, 2) of scores in powers of two; float32."""
 
 
 @dataclass(frozen=True)
@@ -170,76 +158,56 @@ def _attend(
     bias: mx.array | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    parts = attend_parts(kind, queries, key_codes, key_scales, value_codes, value_scales, length, bias)
-    return join_parts(kind.values, parts, queries.shape, queries.dtype, sinks)
+    parts = attend_parts(kind, queries, (key_codes, key_scales), (value_codes, value_scales), length, bias)
+    batch, heads, rows, _ = queries.shape
+    code = kind.values
+    constants = {
+        "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": JOINING, "SINKS": sinks is not None,
+        "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
+    }  # fmt: skip
+    inputs = [parts, constant(0.0) if sinks is None else _padded(sinks), code.fixed]
+    out = ((batch, heads, rows, code.size), queries.dtype)
+    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * JOINING, constants)[0]
 
 
 def attend_parts(
     kind: Kind,
     queries: mx.array,
-    key_codes: mx.array,
-    key_scales: mx.array,
-    value_codes: mx.array,
-    value_scales: mx.array,
+    keys: tuple[mx.array, mx.array],
+    values: tuple[mx.array, mx.array],
     length: mx.array,
     bias: mx.array | None,
-) -> Parts:
-    """Attention to each of some parts of a context of `length[0]` tokens, in the rotated domain."""
+) -> mx.array:
+    """Attention to some parts of a context of `length[0]` tokens: float32 (B * H * L, parts, value size + 2).
+
+    For each part weighted sums in the rotated domain, and maximum and total of the scores, in powers of two.
+    """
     of_keys, of_values = kind.keys, kind.values
     batch, heads, rows, _ = queries.shape
-    kv_heads, room = key_codes.shape[1:3]
+    kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
     rows_at_once = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
-    chunk, parts = _parts(room, tiles)
+    factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
-        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "ROWS": rows_at_once, "SIMDGROUPS": SIMDGROUPS,
-        "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda", "T": queries.dtype,
+        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
+        "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
+        "T": queries.dtype,
     }  # fmt: skip
-    all_rows = batch * heads * rows
-    outputs = [((all_rows, parts, of_values.size), mx.float32), ((all_rows, parts, 2), mx.float32)]
-    inputs = [
-        queries, of_keys.signs, key_codes, key_scales, value_codes, value_scales, of_keys.table, of_values.table,
-        of_keys.matrix, length, number(chunk),
-        constant(kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)),
-        _no_bias() if bias is None else bias,
-    ]  # fmt: skip
-    sums, stats = ATTEND.launch(inputs, outputs, (parts, tiles), SIMD * SIMDGROUPS, constants)
-    return sums, stats
+    parts = _parts(room, tiles)
+    out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
+    inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
+    return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
 
 
-def join_parts(
-    code: HeadCode,
-    parts: Parts,
-    shape: Sequence[int],
-    dtype: mx.Dtype,
-    sinks: mx.array | None = None,
-    newest: Parts | None = None,
-) -> mx.array:
-    """What parts of values of this code add up to for queries (B, H, L, ...): (B, H, L, size), in the original domain.
-
-    newest: one part more, which is not rotated; there are no sinks then.
-    """
-    batch, heads, rows = shape[:3]
-    constants = {
-        "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": JOINING, "SINKS": sinks is not None,
-        "NEWEST": newest is not None, "QUERIES": rows, "HEADS": heads, "T": dtype,
-    }  # fmt: skip
-    resting = constant(0.0) if sinks is None else _padded(sinks)
-    more = newest or (zeros(mx.float32), zeros(mx.float32))
-    inputs = [*parts, resting, *more, code.signs, code.matrix]
-    out = ((batch, heads, rows, code.size), dtype)
-    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * JOINING, constants)[0]
-
-
-def _parts(length: int, tiles: int) -> tuple[int, int]:
-    """Tokens of a part of a context of `length`, a multiple of TOKENS_AT_ONCE, and how many parts there are."""
+def _parts(room: int, tiles: int) -> int:
+    """How many parts of a context there are, each of a multiple of TOKENS_AT_ONCE tokens but the last."""
     most = max(1, THREADGROUPS // tiles)
-    chunk = -(-max(length, 1) // most)
+    chunk = -(-max(room, 1) // most)
     chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
-    return chunk, -(-max(length, 1) // chunk)
+    return -(-max(room, 1) // chunk)
 
 
 @cache

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from metal_kernels.gpu.decode_attention import Codes, Heads, decode_attention, packed_decode_attention
+from metal_kernels.gpu.decode_attention import Codes, Heads, decode_attention, packed_decode_attention, state_of
 from metal_kernels.gpu.products import FEW_ROWS, Gpu, gated, multiply
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
@@ -63,27 +63,19 @@ class TileLayer:
         return self._mixed(x, attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 
     def decode(
-        self, x: mx.array, turns: mx.array, held: Held, before: mx.array, waits: mx.array, codes: Codes | None
+        self, x: mx.array, turns: mx.array, cache: Held, state: mx.array, held: mx.array, codes: Codes | None
     ) -> tuple[mx.array, mx.array]:
-        """The layer's output (B, width) for one position of each batch entry, and what waits then.
+        """The layer's output (B, width) for one position of each batch entry, and what its cache keeps then.
 
-        before, waits: numbers of tokens that the cache holds and that wait. codes: of a packed cache.
+        state and held as `packed_decode_attention` takes them, codes: of a packed cache.
         """
         stacked = self._stacked(x)
         if codes is None:
-            seen, joined = decode_attention(stacked, turns, (held[0], held[1], held[2]), before, waits, self.heads)
+            kept = decode_attention(stacked, turns, (cache[0], cache[1], cache[2]), state, self.heads)
         else:
-            seen, joined = packed_decode_attention(
-                stacked,
-                turns,
-                (held[0], held[1], held[2], held[3], held[4]),
-                before,
-                waits,
-                self.heads,
-                codes,
-                self.gpu,
-            )
-        return self._mixed(x, seen), joined
+            packed = cache[0], cache[1], cache[2], cache[3], cache[4]
+            kept = packed_decode_attention(stacked, turns, packed, state, held, self.heads, codes, self.gpu)
+        return self._mixed(x, self.heads.seen(kept, len(x))), kept
 
     def _stacked(self, x: mx.array) -> mx.array:
         return multiply(x, self.qkv, self.gpu, self.input_norm, self.qkv_bias)
@@ -134,31 +126,31 @@ class CompiledDecoding:
         self._runs: dict[tuple[Codes | None, ...], Callable[..., tuple[mx.array, list[mx.array]]]] = {}
 
     def __call__(
-        self, x: mx.array, offset: int, before: int, waits: int, held: Sequence[Held], codes: tuple[Codes | None, ...]
+        self, x: mx.array, offset: int, held: int, waits: int, caches: Sequence[Held], codes: tuple[Codes | None, ...]
     ) -> tuple[mx.array, list[mx.array]]:
-        """The normalised output (B, width) for x (B, width) at position `offset`, and what waits in each layer then.
+        """The normalised output (B, width) for x (B, width) at position `offset`, and what each layer's cache keeps.
 
-        before: tokens that every cache holds; waits: those that wait in it; codes: of each layer's cache.
+        held: tokens that every cache holds; waits: those that wait in it; codes: of each layer's cache.
         """
         if codes not in self._runs:
             self._runs[codes] = mx.compile(partial(self._step, codes))
-        return self._runs[codes](x, position(offset), number(before), number(waits), held)
+        return self._runs[codes](x, position(offset), state_of(held, waits), number(held), caches)
 
     def _step(
         self,
         codes: tuple[Codes | None, ...],
         x: mx.array,
         offset: mx.array,
-        before: mx.array,
-        waits: mx.array,
-        held: Sequence[Held],
+        state: mx.array,
+        held: mx.array,
+        caches: Sequence[Held],
     ) -> tuple[mx.array, list[mx.array]]:
         turns = {key: self._turns(rope, offset) for key, rope in self._ropes.items()}
-        waiting = list[mx.array]()
-        for layer, own, coded in zip(self._layers, held, codes, strict=True):
-            x, joined = layer.decode(x, turns[id(layer.rope)], own, before, waits, coded)
-            waiting.append(joined)
-        return self._norm(x), waiting
+        all_kept = list[mx.array]()
+        for layer, own, coded in zip(self._layers, caches, codes, strict=True):
+            x, kept = layer.decode(x, turns[id(layer.rope)], own, state, held, coded)
+            all_kept.append(kept)
+        return self._norm(x), all_kept
 
     def _turns(self, rope: Rope, offset: mx.array) -> mx.array:
         """Cosines and sines by which a position turns values: what becomes of a head of ones, then zeros."""

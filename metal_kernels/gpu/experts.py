@@ -11,9 +11,7 @@ from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
-INPUTS = ("x", "x_scales", "codes", "scales", "table")
-SOURCES = ("codes.metal", "matvec.metal", "matrix.metal", "matmul.metal", "experts.metal")
-
+INPUTS = ("x", "x_scales", "codes", "scales", "fixed")
 _FIND = """
   turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
   share.rows = 16 * share.tiles - SPARE;
@@ -33,7 +31,7 @@ PAIRS = Kernel(
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
     sources=("turned_product.metal", "experts.metal"),
-    inputs=("x", "signs", "odd", "codes", "scales", "table", "chosen"),
+    inputs=("x", "codes", "scales", "fixed", "chosen"),
     outputs=("out",),
 )
 
@@ -60,7 +58,7 @@ def stack(weights: Sequence[TileWeight]) -> TileWeight:
     first = weights[0]
     codes, scales = mx.concatenate([w.codes for w in weights]), mx.concatenate([w.scales for w in weights])
     mx.eval(codes, scales)
-    return TileWeight(codes, scales, first.table, first.signs, *first.recipe[:-1], len(weights))
+    return TileWeight(codes, scales, first.fixed, *first.recipe[:-1], len(weights))
 
 
 def expert_product(x: mx.array, weight: TileWeight, indices: mx.array, in_order: bool, gpu: Gpu) -> mx.array:
@@ -92,10 +90,10 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         y = _turned_pairs(x, weight, _flat(chosen), times, gpu)
     else:
-        ready = hadamard.prepare(x, weight.signs, weight.block)
+        ready = hadamard.prepare(x, weight.fixed, weight.block)
         one = Activations(ready.halves, ready.scales, 1, ready.parts)
         constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
-        inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, _flat(chosen)]
+        inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.fixed, _flat(chosen)]
         out, groups = ((chosen.size, weight.rows), x.dtype), (weight.tiles, chosen.size)
         y = PAIRS.launch(inputs, [out], groups, SIMD * matvec.slices_of(weight), constants)[0]
     return y.reshape(*indices.shape, -1, weight.rows)
@@ -106,7 +104,7 @@ def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int,
     walk = turned_product.walk_of(weight, -(-turned_product.THREADGROUPS // chosen.size))
     constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
-    inputs = [x, *turned_product.turning(weight), weight.codes, weight.scales, weight.table, chosen]
+    inputs = [x, weight.codes, weight.scales, weight.fixed, chosen]
     out, groups = ((chosen.size, weight.rows), x.dtype), (walk.groups, chosen.size)
     return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight), constants)[0]
 
@@ -114,7 +112,7 @@ def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int,
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
     """Rows of one expert at a time."""
     x, chosen = _all_rows(x, indices)
-    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.signs, weight.block)
+    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
     if chosen.size >= MATRIX_ROWS * weight.experts:
         kernel, shape = MATMUL, matmul.SHAPES[gpu]
         constants = matmul.constants(weight, ready, shape, gpu, x.dtype)
@@ -126,7 +124,7 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         constants["COLUMNS"] = columns
     counts = (_flat(chosen)[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
-    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.table, first_rows, first_blocks]
+    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.fixed, first_rows, first_blocks]
     blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
     out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // step), blocks)
     y = kernel.launch(inputs, [out], groups, threads, constants | {"EXPERTS": weight.experts})[0]

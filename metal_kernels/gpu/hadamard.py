@@ -1,13 +1,13 @@
 """Signs and blockwise Hadamard transforms on a GPU, and activations made ready for products with tiles."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 
 from metal_kernels.errors import KernelError
+from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.tiles import BLOCK_COLUMNS
-from metal_kernels.launch import Kernel, constant, made
+from metal_kernels.launch import Kernel
 
 MOST_THREADS = 1024
 MOST_VALUES = 64
@@ -24,7 +24,7 @@ PIECE_ROWS = 128
 ROTATE = Kernel(
     name="turboquant_rotate",
     sources=("hadamard.metal",),
-    inputs=("x", "signs", "odd"),
+    inputs=("x", "fixed"),
     outputs=("out", "scales"),
 )
 
@@ -44,8 +44,8 @@ class Activations:
     in_pieces: bool = False
 
 
-def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
-    """x (n, width) rotated, in its dtype; signs from `sign_bits`."""
+def rotate(x: mx.array, fixed: mx.array, block: int) -> mx.array:
+    """x (n, width) rotated, in its dtype; fixed from `fixed_words`."""
     n, width = x.shape
     constants = _constants(n, width, x.dtype, block) | {
         "PARTS": 0,
@@ -55,10 +55,10 @@ def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
         "PADDED": width,
         "OUT": x.dtype,
     }
-    return _launch(x, signs, constants, ((n, width), x.dtype), 8)[0]
+    return _launch(x, fixed, constants, ((n, width), x.dtype), 8)[0]
 
 
-def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pieces: bool = False) -> Activations:
+def prepare(x: mx.array, fixed: mx.array, block: int, gated: bool = False, in_pieces: bool = False) -> Activations:
     """Rotate x (n, width) and turn it into halves; gated: x is (n, 2 * width) and silu(x[:, :width]) * x[:, width:]
     is rotated.
 
@@ -76,7 +76,7 @@ def prepare(x: mx.array, signs: mx.array, block: int, gated: bool = False, in_pi
         "OUT": mx.float16,
     }
     rows = -(-n * parts // PIECE_ROWS) * PIECE_ROWS if in_pieces else n * parts
-    halves, scales = _launch(x, signs, constants, ((rows, padded), mx.float16), max(n, 8))
+    halves, scales = _launch(x, fixed, constants, ((rows, padded), mx.float16), max(n, 8))
     return Activations(halves, scales, n, parts, in_pieces)
 
 
@@ -84,13 +84,6 @@ def fits(block: int) -> bool:
     """Whether the kernel transforms blocks of this size."""
     odd, power = factors(block)
     return odd * max(1, power // MOST_THREADS) <= MOST_VALUES
-
-
-def factors(block: int) -> tuple[int, int]:
-    """A block as the size of an odd Hadamard factor, 1, 12, 20 or 28, times a power of two."""
-    odd = block // (block & -block)
-    odd = 1 if odd == 1 else 4 * odd
-    return odd, block // odd
 
 
 def _constants(n: int, width: int, dtype: mx.Dtype, block: int) -> dict[str, int | bool | mx.Dtype]:
@@ -114,7 +107,7 @@ def _constants(n: int, width: int, dtype: mx.Dtype, block: int) -> dict[str, int
 
 def _launch(
     x: mx.array,
-    signs: mx.array,
+    fixed: mx.array,
     constants: dict[str, int | bool | mx.Dtype],
     out: tuple[tuple[int, int], mx.Dtype],
     n_scales: int,
@@ -123,12 +116,4 @@ def _launch(
     run = power if constants["SHARED_OUT"] else odd * power
     groups = x.shape[0] * int(constants["WIDTH"]) // run  # pyright: ignore[reportArgumentType]
     outputs = [out, ((n_scales,), mx.float32)]
-    return ROTATE.launch([x, signs, odd_factor(odd)], outputs, (groups, 1), threads, constants)
-
-
-@cache
-def odd_factor(odd: int) -> mx.array:
-    """The small Hadamard matrix (odd, odd) as MLX has it, unnormalised; zeros for 1, whose place it takes."""
-    if odd == 1:
-        return constant(0.0)
-    return made(mx.hadamard_transform(mx.eye(odd, stream=mx.cpu), scale=1.0, stream=mx.cpu))
+    return ROTATE.launch([x, fixed], outputs, (groups, 1), threads, constants)

@@ -12,7 +12,7 @@ COLUMNS = 8
 MATVEC = Kernel(
     name="turboquant_matvec",
     sources=("matvec.metal",),
-    inputs=("x", "x_scales", "codes", "scales", "table", "added"),
+    inputs=("x", "x_scales", "codes", "scales", "fixed", "added"),
     outputs=("out",),
 )
 
@@ -48,5 +48,5 @@ def matvec(
     """
     values = constants(weight, x, dialect, dtype) | {"ADDED": added is not None}
     groups = (weight.tiles, -(-x.n * x.parts // int(values["COLUMNS"])))  # pyright: ignore[reportArgumentType]
-    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.table, zeros(dtype) if added is None else added]
+    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.fixed, zeros(dtype) if added is None else added]
     return MATVEC.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]

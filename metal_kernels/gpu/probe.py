@@ -9,7 +9,6 @@ import mlx.core as mx
 from metal_kernels import reference
 from metal_kernels.gpu import attention, decode_attention, experts, products, quantize, tiles
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.launch import number
 
 TOLERANCE = 0.02
 """Of the largest value: what rounding to float16 leaves far below, and a wrong lane does not."""
@@ -115,8 +114,10 @@ def _decoding(_: Gpu) -> tuple[mx.array, mx.array]:
     keys, values = (mx.pad(x[:, :, :held], [(0, 0), (0, 0), (0, room - held), (0, 0)]) for x in tokens)
     waits = mx.pad(tokens[:, :, :, held:], [(0, 0)] * 3 + [(0, decode_attention.WAITING - 4), (0, 0)])
     stacked, turns = _activations(8).reshape(1, -1), mx.repeat(mx.array([1.0, 0.0]), WIDTH // 2)
-    before, few = number(held), number(TOKENS - held)
-    ours = decode_attention.decode_attention(stacked, turns, (waits, keys, values), before, few, heads)[0]
+    kept = mx.concatenate([mx.zeros((4 * WIDTH,), mx.float16), waits.reshape(-1)])
+    state = decode_attention.state_of(held, TOKENS - held)
+    made = decode_attention.decode_attention(stacked, turns, (kept, keys, values), state, heads)
+    ours = heads.seen(made, 1)
     q, new = stacked.reshape(1, 8, 1, WIDTH)[:, :4], stacked.reshape(1, 4, 2, 1, WIDTH)[:, 2:].transpose(1, 0, 2, 3, 4)
     k, v = mx.concatenate([tokens, new], axis=3).astype(mx.float32)
     right = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), k, v, scale=heads.scale)

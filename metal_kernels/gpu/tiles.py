@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from metal_kernels.errors import KernelError
+from metal_kernels.gpu.fixed import fixed_words
 from metal_kernels.layout import bits_of, pack, unpack
 
 TILE_ROWS = 16
@@ -15,7 +16,7 @@ CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
 
-Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
+Arrays = tuple[mx.array, mx.array, mx.array]
 Recipe = tuple[int, int, int, int, int, int]
 
 
@@ -24,15 +25,14 @@ class TileWeight:
     """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
     codes uint32 (tiles, blocks, bits, 32 lanes, 4); scales float16 (tiles, blocks, 8, groups of a block, 2), or
-    (tiles, 1, 8, 1, 2) with one scale a row; table uint32 (8,), see `decoding_table`; signs uint32, one bit a column,
-    see `sign_bits`. group 0: one scale a row. block: the Hadamard transform's (1: none). The tiles of all experts,
-    `rows` rows each, follow each other.
+    (tiles, 1, 8, 1, 2) with one scale a row; fixed uint32, see `fixed_words`, with a `decoding_table`. group 0: one
+    scale a row. block: the Hadamard transform's (1: none). The tiles of all experts, `rows` rows each, follow each
+    other.
     """
 
     codes: mx.array
     scales: mx.array
-    table: mx.array
-    signs: mx.array
+    fixed: mx.array
     bits: int
     group: int
     rows: int
@@ -43,7 +43,7 @@ class TileWeight:
     @property
     def arrays(self) -> Arrays:
         """What a compiled product is called with; with `recipe` after it, a TileWeight's own arguments."""
-        return self.codes, self.scales, self.table, self.signs
+        return self.codes, self.scales, self.fixed
 
     @property
     def recipe(self) -> Recipe:
@@ -107,14 +107,6 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
     return table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]), magnitudes)
 
 
-def sign_bits(signs: mx.array | None, width: int) -> mx.array:
-    """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32 or more,)."""
-    bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
-    # Metal keeps arrays of fewer than 8 values in another address space.
-    room = max(8 * 32, -(-width // 32) * 32)
-    return mx.contiguous(pack(mx.pad(bits, [(0, room - width)])[None], 1)[0])
-
-
 def arrange(
     packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None = None, block: int = 1
 ) -> TileWeight:
@@ -134,10 +126,9 @@ def arrange(
     codes = mx.contiguous(mx.concatenate(parts))
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = mx.contiguous(_tile_scales(scales, group, codes.shape[1]))
-    table = decoding_table(codebook)
-    bits_of_signs = sign_bits(signs, width)
-    mx.eval(codes, tiled, table, bits_of_signs)
-    return TileWeight(codes, tiled, table, bits_of_signs, bits, group, rows, width, block)
+    mx.eval(codes, tiled)
+    fixed = fixed_words(decoding_table(codebook), signs, block, width)
+    return TileWeight(codes, tiled, fixed, bits, group, rows, width, block)
 
 
 def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:

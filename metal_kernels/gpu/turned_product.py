@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metal_kernels.gpu import hadamard
+from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.matvec import COLUMNS
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel, constant, zeros
-
-SOURCES = ("codes.metal", "lanes.metal", "runs.metal", "hadamard.metal", "matvec.metal", "turned_product.metal")
+from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits, zeros
 
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
     sources=("turned_product.metal",),
-    inputs=("x", "weights", "eps", "signs", "odd", "codes", "scales", "table", "added"),
+    inputs=("x", "weights", "codes", "scales", "fixed", "added"),
     outputs=("out",),
 )
 
@@ -76,20 +75,15 @@ def turned_product(
     returned.
     """
     walk = walk_of(weight, THREADGROUPS, gates)
-    more = {"KIND": NORMED if norm else PLAIN, "PAIRED": gates, "ADDED": added is not None} | walk.constants
+    more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
+    more |= {"ADDED": added is not None} | walk.constants
     none = zeros(x.dtype)
     inputs = [
-        x, norm.weight if norm else none, constant(norm.eps if norm else 0.0), *turning(weight), weight.codes,
-        weight.scales, weight.table, none if added is None else added,
+        x, norm.weight if norm else none, weight.codes, weight.scales, weight.fixed, none if added is None else added,
     ]  # fmt: skip
     out = ((len(x), weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(len(x), x.dtype, weight, gpu) | more
     return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight), settings)[0]
-
-
-def turning(weight: TileWeight) -> tuple[mx.array, mx.array]:
-    """The signs and the odd factor's matrix by which a weight's activations are turned."""
-    return weight.signs, hadamard.odd_factor(_layout(weight).odd)
 
 
 def threads_of(weight: TileWeight) -> int:
@@ -166,7 +160,7 @@ class _Layout:
 
 
 def _layout(weight: TileWeight) -> _Layout:
-    odd, power = hadamard.factors(weight.block)
+    odd, power = factors(weight.block)
     simdgroups = 8 if weight.codes.shape[1] >= 8 else 4
     if weight.block == 1:
         power = min(weight.width & -weight.width, hadamard.MOST_THREADS)

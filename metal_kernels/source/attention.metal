@@ -225,7 +225,7 @@ struct Rows {
 // Queries (rows, SIZE) into `values`, rotated, and `factors`: (ROWS) what makes halves of them, (ROWS) what undoes that
 // and scales the scores, in powers of two.
 template <int ROWS, int SIZE, int ODD, int POWER, int SIMDGROUPS, typename T>
-inline void rotate_queries(Device<const T> queries, Device<const uint> signs, Device<const float> matrix,
+inline void rotate_queries(Device<const T> queries, Device<const uint> signs, Device<const uint> matrix,
                            Shared<float> values, Shared<float> factors, uint rows, float scale, uint index) {
   for (uint i = index; i < uint(ROWS * SIZE); i += 32 * SIMDGROUPS) {
     float value = i / SIZE < rows ? static_cast<float>(queries[i]) : 0.0f;
@@ -248,21 +248,16 @@ inline void rotate_queries(Device<const T> queries, Device<const uint> signs, De
   barrier();
 }
 
-// Adds up the parts of one row, see `add_parts`, and turns the result back. One part more is a sink, a score without a
-// value, or with NEWEST one that is not rotated, new_sums (SIZE) and new_stats (2).
-template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, bool NEWEST, typename T>
-inline void join_parts(Device<const float> sums, Device<const float> stats, Device<const float> sinks,
-                       Device<const float> new_sums, Device<const float> new_stats, Device<const uint> signs,
-                       Device<const float> matrix, Device<T> out, Shared<float> shared, uint parts, uint head,
-                       uint index) {
+// Adds up the parts of one row, see `add_parts`, and turns the result back; with SINKS a sink is one part more.
+template <int SIZE, int ODD, int POWER, int SIMDGROUPS, bool SINKS, typename T>
+inline void join_parts(Device<const float> parts, Device<const float> sinks, Device<const uint> fixed, Device<T> out,
+                       Shared<float> shared, uint count, uint head, uint index) {
   constexpr int THREADS = 32 * SIMDGROUPS;
-  float most = NEWEST ? new_stats[0] : SINKS ? sinks[head] * 1.44269504f : NOTHING;
-  float share = add_parts<SIZE, SIMDGROUPS>(sums, stats, most, NEWEST ? new_stats[1] : 1.0f, shared, parts, index);
-  transform_heads<ODD, POWER, true, THREADS>(shared, matrix, SIZE, index);
-  float factor = 1 / sqrt(float(ODD * POWER));
+  add_parts<SIZE, SIMDGROUPS>(parts, SINKS ? sinks[head] * 1.44269504f : NOTHING, 1.0f, shared, count, index);
+  transform_heads<ODD, POWER, true, THREADS>(shared, odd_of<SIZE>(fixed), SIZE, index);
   for (uint column = index; column < uint(SIZE); column += THREADS) {
-    float newest = NEWEST ? share * new_sums[column] : 0.0f;
-    out[column] = static_cast<T>(signed_by(signs, column, factor * shared[column]) + newest);
+    float value = shared[column] / sqrt(float(ODD * POWER));
+    out[column] = static_cast<T>(signed_by(signs_of(fixed), column, value));
   }
 }
 

@@ -4,6 +4,7 @@
 // share a token's row, so a simdgroup takes four tokens at once, twice. Each four of lanes keeps a running maximum.
 #pragma once
 
+#include "heads.metal"
 #include "softmax.metal"
 
 namespace turboquant {
@@ -54,14 +55,24 @@ struct Tokens {
   }
 };
 
+// Copies `count` values, whole vectors of 16 bytes.
+template <int THREADS, typename T>
+inline void copy_rows(Device<const T> from, Device<T> to, uint count, uint index) {
+  constexpr uint EACH = 16 / sizeof(T);
+  for (uint at = index * EACH; at < count; at += THREADS * EACH) {
+    copy_vector(to + at, from + at);
+  }
+}
+
 // A new token's rows of heads (HEADS + 2, SIZE) in threadgroup memory: queries, its key and its value, rounded as if they
 // had been written in between. `count` of the queries are there. With NORMED, each is RMS-normalised first.
 template <int HEADS, int SIZE, int SIMDGROUPS, bool NORMED, typename T>
 struct NewToken {
   Shared<float> rows;
 
-  void load(Device<const T> queries, Device<const T> key, Device<const T> value, Device<const T> query_norm,
-            Device<const T> key_norm, float eps, uint count, uint index) {
+  // norms (2, SIZE): of queries, and of keys.
+  void load(Device<const T> queries, Device<const T> key, Device<const T> value, Device<const T> norms, float eps,
+            uint count, uint index) {
     uint lane = index % 32;
     for (uint row = index / 32; row < uint(HEADS + 2); row += SIMDGROUPS) {
       Device<const T> from = row < uint(HEADS) ? queries + (row < count ? row : 0) * SIZE : row == uint(HEADS) ? key : value;
@@ -73,7 +84,7 @@ struct NewToken {
       }
       if (NORMED && row < uint(HEADS + 1)) {
         float factor = 1 / sqrt(sum_over_lanes(squares) / SIZE + eps);
-        Device<const T> norm = row < uint(HEADS) ? query_norm : key_norm;
+        Device<const T> norm = row < uint(HEADS) ? norms : norms + SIZE;
         for (uint column = lane; column < uint(SIZE); column += 32) {
           uint at = row * SIZE + column;
           rows[at] = rounded<T>(rows[at] * factor * static_cast<float>(norm[column]));
@@ -98,14 +109,19 @@ struct NewToken {
   // Adds the key and value to those that wait, (room, SIZE) each, `waiting` of them.
   void join(Device<const T> old_keys, Device<const T> old_values, Device<T> keys, Device<T> values, uint waiting,
             uint index) const {
-    for (uint i = index; i < waiting * SIZE * uint(sizeof(T)) / 16; i += 32 * SIMDGROUPS) {
-      uint at = i * uint(16 / sizeof(T));
-      copy_vector(keys + at, old_keys + at);
-      copy_vector(values + at, old_values + at);
-    }
+    copy_rows<32 * SIMDGROUPS, T>(old_keys, keys, waiting * SIZE, index);
+    copy_rows<32 * SIMDGROUPS, T>(old_values, values, waiting * SIZE, index);
     for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
       keys[waiting * SIZE + column] = static_cast<T>(rows[HEADS * SIZE + column]);
       values[waiting * SIZE + column] = static_cast<T>(rows[(HEADS + 1) * SIZE + column]);
+    }
+  }
+
+  // Hands the key and value on, to (2, heads, SIZE).
+  void give(Device<float> all, uint head, uint heads, uint index) const {
+    for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
+      all[head * SIZE + column] = rows[HEADS * SIZE + column];
+      all[(heads + head) * SIZE + column] = rows[(HEADS + 1) * SIZE + column];
     }
   }
 };
@@ -220,5 +236,31 @@ struct Seen {
     }
   }
 };
+
+// Value i of the sum of what simdgroups gave, COUNT values each.
+template <int SIMDGROUPS, int COUNT>
+inline float sum_of(Shared<float> shared, uint i) {
+  float sum = 0;
+  UNROLL
+  for (int s = 0; s < SIMDGROUPS; s++) {
+    sum += shared[s * COUNT + i];
+  }
+  return sum;
+}
+
+// One part of `count` rows from `row` on, as `add_parts` takes them.
+template <int SIMDGROUPS, int HEADS, int SIZE>
+inline void write_part(Shared<float> shared, Shared<float> maxima, Shared<float> totals, Device<float> out, uint row,
+                       uint part, uint parts, uint count, uint index) {
+  for (uint i = index; i < count * SIZE; i += 32 * SIMDGROUPS) {
+    uint at = (row + i / SIZE) * parts + part;
+    out[at * (SIZE + 2) + i % SIZE] = sum_of<SIMDGROUPS, HEADS * SIZE>(shared, i);
+  }
+  if (index < count) {
+    uint at = ((row + index) * parts + part) * (SIZE + 2) + SIZE;
+    out[at] = maxima[index];
+    out[at + 1] = totals[index];
+  }
+}
 
 } // namespace turboquant

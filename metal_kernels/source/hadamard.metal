@@ -7,6 +7,16 @@
 
 namespace turboquant {
 
+// What follows a table of eight words, in one array: signs, one bit a column, and the odd factor's matrix, as words.
+inline Device<const uint> signs_of(Device<const uint> fixed) {
+  return fixed + 8;
+}
+
+template <int WIDTH>
+inline Device<const uint> odd_of(Device<const uint> fixed) {
+  return fixed + 8 + (WIDTH > 256 ? (WIDTH + 31) / 32 : 8);
+}
+
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
 
 // silu(value) * up, each step in the activations' own precision, as MLX rounds it.
@@ -109,11 +119,10 @@ inline uint scale_exponent(float bound) {
 
 // The small matrix (ODD, ODD), transposed, four values at a time; the barrier after it is the caller's.
 template <int ODD, int THREADS>
-inline void stage_matrix(Device<const float> odd, Shared<uint4> matrix, uint index) {
+inline void stage_matrix(Device<const uint> odd, Shared<uint4> matrix, uint index) {
   for (uint i = index; i < uint(ODD > 1 ? ODD * ODD / 4 : 0); i += THREADS) {
     uint b = 4 * i / ODD, a = 4 * i % ODD;
-    matrix[i] = uint4{float_bits(odd[a * ODD + b]), float_bits(odd[(a + 1) * ODD + b]),
-                      float_bits(odd[(a + 2) * ODD + b]), float_bits(odd[(a + 3) * ODD + b])};
+    matrix[i] = uint4{odd[a * ODD + b], odd[(a + 1) * ODD + b], odd[(a + 2) * ODD + b], odd[(a + 3) * ODD + b]};
   }
 }
 
@@ -270,7 +279,7 @@ struct Target {
 // a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
           bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
-inline void rotate(Device<const T> x, Device<const uint> signs, Device<const float> odd, Device<OUT> out,
+inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uint> odd, Device<OUT> out,
                    Device<float> scales, Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint group,
                    uint index) {
   using Mine = Turn<ODD, POWER, THREADS, TRANSFORM, KIND>;

@@ -10,7 +10,7 @@ namespace turboquant {
 // takes a run of POWER values, or 32, at a time. Begins and ends with a barrier. matrix (ODD, ODD) is the small
 // Hadamard matrix of the odd factor.
 template <int ODD, int POWER, bool BACK, int THREADS>
-inline void transform_heads(Shared<float> values, Device<const float> matrix, uint count, uint index) {
+inline void transform_heads(Shared<float> values, Device<const uint> matrix, uint count, uint index) {
   using Mine = Run<POWER, 32>;
   barrier();
   for (uint start = index / 32 * (32 * Mine::EACH); start < count; start += THREADS * Mine::EACH) {
@@ -42,7 +42,7 @@ inline void transform_heads(Shared<float> values, Device<const float> matrix, ui
         float sum = 0;
         UNROLL
         for (int a = 0; a < ODD; a++) {
-          sum += all[a] * matrix[BACK ? b * ODD + a : a * ODD + b];
+          sum += all[a] * bits_float(matrix[BACK ? b * ODD + a : a * ODD + b]);
         }
         values[first + b * POWER] = sum;
       }

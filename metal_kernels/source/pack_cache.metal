@@ -59,7 +59,7 @@ struct Group {
 
 // Head `head` of x (heads, SIZE) to codes (heads, SIZE * BITS / 32) and scales (heads, SIZE / GROUP).
 template <int BITS, int SIZE, int GROUP, int ODD, int POWER, typename T>
-inline void pack_head(Device<const T> x, Device<const uint> signs, Device<const float> matrix,
+inline void pack_head(Device<const T> x, Device<const uint> signs, Device<const uint> matrix,
                       Device<const float> codebook, Device<uint> codes, Device<half> scales, Shared<float> values,
                       Shared<uint> chosen, uint head, uint lane) {
   constexpr int WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;

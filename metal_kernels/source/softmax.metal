@@ -38,21 +38,21 @@ inline void join(Shared<float> maxima, Shared<float> totals, Shared<float> facto
   barrier();
 }
 
-// Adds up the parts of one row, a simdgroup every SIMDGROUPSth: sums (parts, SIZE), stats (parts, 2) of maxima and totals.
-// One part more has this maximum and total, and its values are not added here: returned is what they count. shared
+// Adds up the parts of one row, a simdgroup every SIMDGROUPSth: parts (count, SIZE + 2) of sums, maximum and total. One
+// part more has this maximum and total, and its values are not added here: returned is what they count. shared
 // (SIMDGROUPS * SIZE) begins with the result then, after a barrier.
 template <int SIZE, int SIMDGROUPS>
-inline float add_parts(Device<const float> sums, Device<const float> stats, float most_of_more, float total_of_more,
-                       Shared<float> shared, uint parts, uint index) {
+inline float add_parts(Device<const float> parts, float most_of_more, float total_of_more, Shared<float> shared,
+                       uint count, uint index) {
   constexpr int EACH = (SIZE + 31) / 32;
   uint lane = index % 32, simdgroup = index / 32;
   float most = most_of_more, total = 0;
-  for (uint i = lane; i < parts; i += 32) {
-    most = larger(most, stats[2 * i]);
+  for (uint i = lane; i < count; i += 32) {
+    most = larger(most, parts[i * (SIZE + 2) + SIZE]);
   }
   most = greatest_over_lanes(most);
-  for (uint i = lane; i < parts; i += 32) {
-    total += weight_of(stats[2 * i], most) * stats[2 * i + 1];
+  for (uint i = lane; i < count; i += 32) {
+    total += weight_of(parts[i * (SIZE + 2) + SIZE], most) * parts[i * (SIZE + 2) + SIZE + 1];
   }
   float more = weight_of(most_of_more, most);
   total = sum_over_lanes(total) + more * total_of_more;
@@ -61,12 +61,12 @@ inline float add_parts(Device<const float> sums, Device<const float> stats, floa
   for (int c = 0; c < EACH; c++) {
     mine[c] = 0;
   }
-  for (uint i = simdgroup; i < parts; i += SIMDGROUPS) {
-    float weight = weight_of(stats[2 * i], most);
+  for (uint i = simdgroup; i < count; i += SIMDGROUPS) {
+    float weight = weight_of(parts[i * (SIZE + 2) + SIZE], most);
     UNROLL
     for (int c = 0; c < EACH; c++) {
       uint column = lane + 32 * c;
-      mine[c] += column < uint(SIZE) ? weight * sums[i * SIZE + column] : 0.0f;
+      mine[c] += column < uint(SIZE) ? weight * parts[i * (SIZE + 2) + column] : 0.0f;
     }
   }
   UNROLL

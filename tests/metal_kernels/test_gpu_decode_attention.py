@@ -8,7 +8,6 @@ import pytest
 
 from metal_kernels import Norm
 from metal_kernels.gpu import decode_attention as gpu
-from metal_kernels.launch import number
 from tests.metal_kernels.host.machine import EmulatorError
 from tests.metal_kernels.test_gpu_kernels import on_machine
 
@@ -39,11 +38,14 @@ class Case:
         waiting = normal(2, *shape[:2], gpu.WAITING, own.size, seed=4)
         self.waiting = mx.where(there, waiting, mx.nan).astype(self.dtype)
 
+    @property
+    def kept(self) -> mx.array:
+        return mx.concatenate([self.heads.room(self.batch, self.dtype)[: -self.waiting.size], self.waiting.reshape(-1)])
+
     def run(self) -> list[mx.array]:
-        return list(gpu.decode_attention(
-            self.stacked, self.turns, (self.waiting, self.keys, self.values), number(self.held), number(self.waits),
-            self.heads,
-        ))  # fmt: skip
+        state = gpu.state_of(self.held, self.waits)
+        kept = gpu.decode_attention(self.stacked, self.turns, (self.kept, self.keys, self.values), state, self.heads)
+        return [self.heads.seen(kept, self.batch), self.heads.waiting(kept, self.batch)]
 
     def right(self) -> tuple[mx.array, mx.array]:
         """The result, and the rows of keys and values that wait then, in float32."""
@@ -105,7 +107,7 @@ def test_parts_of_a_context_give_the_whole(tmp_path: Path, monkeypatch: pytest.M
 
 
 FAULTS = {
-    "a barrier left out": ("lane);\n  turboquant::barrier();", "lane);"),
+    "a barrier left out": ("lane);\nturboquant::barrier();\n", "lane);\n"),
     "a wrong distance": ("score += shuffle_xor(score, 4);", "score += shuffle_xor(score, 8);"),
     "a token too many": ("there[j] = token < end;", "there[j] = token <= end;"),
     "a row off": ("value_row = key_row + kv_heads;", "value_row = key_row + kv_heads + 1;"),

@@ -9,6 +9,7 @@ import pytest
 
 from metal_kernels import quantize, reference
 from metal_kernels.gpu import experts, hadamard, matmul, matvec, products, tiles, turned_product
+from metal_kernels.gpu.fixed import fixed_words
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Dialect, Kernel
 from quant_engine.codebook import lloyd_max
@@ -49,7 +50,7 @@ def all_products(gpu: Dialect, dtype: mx.Dtype, rows: int) -> list[mx.array]:
     made: list[mx.array] = []
     for bits, group in WEIGHTS:
         weight = tiles.arrange(*weights(bits, group), lloyd_max(bits))
-        ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
+        ready = hadamard.prepare(x, fixed_words(None, None, 1, WIDTH), 1)
         made.append(matvec.matvec(ready, weight, gpu, dtype))
     return made
 
@@ -82,7 +83,7 @@ def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dty
     cases = [(bits, group) for bits, group in WEIGHTS if group in (0, 32)]
 
     def run() -> list[mx.array]:
-        ready = hadamard.prepare(x, tiles.sign_bits(None, WIDTH), 1)
+        ready = hadamard.prepare(x, fixed_words(None, None, 1, WIDTH), 1)
         arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0])) for case in cases]
         return [matmul.matmul(ready, weight, gpu, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
 
@@ -170,7 +171,7 @@ def test_rotations_equal_the_reference(tmp_path: Path, n: int, width: int) -> No
     """Blocks with an odd factor are shared out where they are few."""
     turn, block = mx.array(signs(width, 3)), choose_block(width, "auto")
     x = mx.random.normal((n, width), key=mx.random.key(1))
-    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, tiles.sign_bits(turn, width), block)])
+    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, fixed_words(None, turn, block, width), block)])
     assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
 
 
@@ -182,7 +183,7 @@ def test_gated_activations_are_rotated_as_the_activation_and_the_rotation_would(
     both = (3 * mx.random.normal((2, 2 * WIDTH), key=mx.random.key(1))).astype(dtype)
 
     def run() -> list[mx.array]:
-        ready = hadamard.prepare(both, tiles.sign_bits(turn, WIDTH), block, gated=True)
+        ready = hadamard.prepare(both, fixed_words(None, turn, block, WIDTH), block, gated=True)
         return [ready.halves, ready.scales]
 
     halves, scales = on_machine(tmp_path, run)
@@ -214,7 +215,7 @@ def one_product() -> list[mx.array]:
     turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
     x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
     weight = tiles.arrange(*weights(3, 64), lloyd_max(3))
-    ready = hadamard.prepare(x, tiles.sign_bits(turn, WIDTH), block)
+    ready = hadamard.prepare(x, fixed_words(None, turn, block, WIDTH), block)
     return [matvec.matvec(ready, weight, "host", mx.float16)]
 
 

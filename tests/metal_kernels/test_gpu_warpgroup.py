@@ -25,7 +25,7 @@ def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
     made = [odd_case(*case[:6]) for case in CASES]
 
     def run() -> list[mx.array]:
-        ready = [hadamard.prepare(x, weight.signs, weight.block, in_pieces=True) for x, weight, _ in made]
+        ready = [hadamard.prepare(x, weight.fixed, weight.block, in_pieces=True) for x, weight, _ in made]
         return [
             warpgroup.matmul(some, weight, x.dtype, case[6])
             for case, some, (x, weight, _) in zip(CASES, ready, made, strict=True)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
-from metal_kernels import Norm
+from metal_kernels import Heads, Norm
 from metal_kernels.gpu import decode_attention
 from quant_engine import model_step, waiting_cache
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant, load_cache, save_cache
@@ -18,6 +18,7 @@ from tests.metal_kernels.test_gpu_kernels import on_machine
 from tests.quant_engine.test_gpu_step import HEADS, KV_HEADS, SCALE, SIZE, WIDTH, Layer
 
 PROMPT = 3
+OWN = Heads(HEADS, KV_HEADS, SIZE, SCALE, None)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +95,11 @@ def test_the_same_over_compressed_caches_and_plain_ones(tmp_path: Path, layers: 
 
 def lent(waits: int, cache: Any = None) -> Any:
     """A cache, or one of PROMPT tokens, and `waits` that wait, all ones, then twos, and so on."""
-    made = lend(cache or caches()[0], mx.float16)
+    made = lend(cache or caches()[0], OWN, mx.float16)
     for number in range(1, waits + 1):
-        waiting, at = made.held[0], mx.arange(decode_attention.WAITING) == number - 1
-        made.join(mx.where(at[:, None], number, waiting).astype(mx.float16))
+        kept, at = made.arrays[0], mx.arange(decode_attention.WAITING) == number - 1
+        waiting = mx.where(at[:, None], number, OWN.waiting(kept, 1)).astype(mx.float16)
+        made.join(mx.concatenate([OWN.seen(kept, 1).reshape(-1), waiting.reshape(-1)]))
     return made
 
 
@@ -140,17 +142,17 @@ def test_a_branch_of_a_lent_cache_goes_on_by_itself() -> None:
     one = lent(1)
     two = copy.deepcopy(one)
     assert isinstance(two, Waiting)
-    one.join(one.held[0] + 1)
+    one.join(one.arrays[0] + 1)
     assert (one.waits, two.waits) == (2, 1)
     assert give_back(two).offset == PROMPT + 1
 
 
 def test_room_grows_by_a_share_of_what_is_there() -> None:
     cache = KVCache()
-    cache.update_and_fetch(*(mx.zeros((1, 1, 2048, 8)) for _ in range(2)))
+    cache.update_and_fetch(*(mx.zeros((1, KV_HEADS, 2048, SIZE)) for _ in range(2)))
     for _ in range(decode_attention.WAITING + 1):
-        own = lend(cache, mx.float32)
-        own.join(own.held[0])
+        own = lend(cache, OWN, mx.float32)
+        own.join(own.arrays[0])
     assert give_back(cache).keys.shape[2] == 2048 + 512
 
 
