@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 
 import mlx.core as mx
 
+from metal_kernels.gpu import turned_product
 from metal_kernels.gpu.decode_attention import Codes, Heads, decode_attention, packed_decode_attention, state_of
 from metal_kernels.gpu.products import FEW_ROWS, Gpu, gated, multiply
 from metal_kernels.gpu.tiles import TileWeight
@@ -60,7 +61,8 @@ class TileLayer:
 
     def after(self, x: mx.array, attended: mx.array) -> mx.array:
         """The layer's output for its input x (B, L, width) and attention's (B, count, L, size)."""
-        return self._mixed(x, attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        attended = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        return self._fed_forward(multiply(attended, self.o, self.gpu, added=x))
 
     def decode(
         self, x: mx.array, turns: mx.array, cache: Held, state: mx.array, held: mx.array, codes: Codes | None
@@ -75,13 +77,16 @@ class TileLayer:
         else:
             packed = cache[0], cache[1], cache[2], cache[3], cache[4]
             kept = packed_decode_attention(stacked, turns, packed, state, held, self.heads, codes, self.gpu)
-        return self._mixed(x, self.heads.seen(kept, len(x))), kept
+        if turned_product.fits(len(x), x.dtype, self.o, self.gpu):
+            middle = turned_product.turned_product(kept, self.o, self.gpu, added=x, first=len(x))
+        else:
+            middle = multiply(self.heads.seen(kept, len(x)), self.o, self.gpu, added=x)
+        return self._fed_forward(middle), kept
 
     def _stacked(self, x: mx.array) -> mx.array:
         return multiply(x, self.qkv, self.gpu, self.input_norm, self.qkv_bias)
 
-    def _mixed(self, x: mx.array, attended: mx.array) -> mx.array:
-        middle = multiply(attended, self.o, self.gpu, added=x)
+    def _fed_forward(self, middle: mx.array) -> mx.array:
         if self.o_bias is not None:
             middle = middle + self.o_bias
         return gated(middle, self.gate_up, self.down, self.gpu, self.feed_forward_norm, middle)

@@ -21,7 +21,7 @@ TURNED_PRODUCT = Kernel(
 )
 
 PLAIN, NORMED = 0, 2
-MOST_WORK = 150_000
+MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
 AT_ONCE = (32, 16, 8)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
@@ -51,7 +51,7 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
     if n * parts > COLUMNS or not hadamard.fits(weight.block):
         return False
     layout = _layout(weight)
-    light = weight.width * (8 + layout.odd) <= MOST_WORK
+    light = weight.width * (8 + layout.odd) <= MOST_WORK[gpu]
     return light and layout.nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1]) <= MEMORY[gpu]
 
 
@@ -68,21 +68,24 @@ def turned_product(
     norm: Norm | None = None,
     gates: bool = False,
     added: mx.array | None = None,
+    first: int = 0,
 ) -> mx.array:
     """x (n, width), not rotated, times the transposed weight, plus `added` (n or 1, rows): (n, rows) in x's dtype.
 
+    first: n, where x is any array that begins with as many rows: a slice would be one array more for MLX to make.
     norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
     returned.
     """
     walk = walk_of(weight, THREADGROUPS, gates)
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
-    more |= {"ADDED": added is not None} | walk.constants
+    more |= {"ADDED": added is not None, "FIRST": first} | walk.constants
+    n = first or len(x)
     none = zeros(x.dtype)
     inputs = [
         x, norm.weight if norm else none, weight.codes, weight.scales, weight.fixed, none if added is None else added,
     ]  # fmt: skip
-    out = ((len(x), weight.rows // 2 if gates else weight.rows), x.dtype)
-    settings = constants(len(x), x.dtype, weight, gpu) | more
+    out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
+    settings = constants(n, x.dtype, weight, gpu) | more
     return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight), settings)[0]
 
 
