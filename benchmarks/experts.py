@@ -87,7 +87,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         rows += measure(args.experts, args.active, args.width, tokens, args.bits)
-    report("experts", f"python -m benchmarks.experts --experts {args.experts} --width {args.width}", rows)
+    command = f"python -m benchmarks.experts --experts {args.experts} --active {args.active} --width {args.width}"
+    tokens, bits = (" ".join(map(str, several)) for several in (args.tokens, args.bits))
+    report("experts", f"{command} --tokens {tokens} --bits {bits}", rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TURNED_PRODUCT = Kernel(
 )
 
 PLAIN, NORMED = 0, 2
-MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
+MOST_WORK = 150_000
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
 AT_ONCE = (32, 16, 8)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
@@ -51,7 +51,7 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
     if n * parts > COLUMNS or not hadamard.fits(weight.block):
         return False
     layout = _layout(weight)
-    light = weight.width * (8 + layout.odd) <= MOST_WORK[gpu]
+    light = weight.width * (8 + layout.odd) <= MOST_WORK
     return light and layout.nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1]) <= MEMORY[gpu]
 
 

@@ -142,7 +142,7 @@ CHOICES = {
 def test_products_with_experts_equal_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, most_work: int
 ) -> None:
-    monkeypatch.setattr(turned_product, "MOST_WORK", dict.fromkeys(turned_product.MOST_WORK, most_work))
+    monkeypatch.setattr(turned_product, "MOST_WORK", most_work)
     monkeypatch.setattr(turned_product, "THREADGROUPS", 4)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
     monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
