@@ -129,12 +129,13 @@ def made(array: mx.array) -> mx.array:
 
 def number(value: int) -> mx.array:
     """A whole number as the first value of an array: a view, since a new array would have to reach the GPU first."""
-    return _numbers(1 << max(20, (value + 8).bit_length()))[value : value + 8]
+    if not _numbers or value + 8 > _numbers[0].size:
+        _numbers[:] = [made(mx.arange(1 << max(20, (value + 8).bit_length()), dtype=mx.uint32))]
+    return _numbers[0][value : value + 8]
 
 
-@cache
-def _numbers(count: int) -> mx.array:
-    return made(mx.arange(count, dtype=mx.uint32))
+_numbers: list[mx.array] = []
+"""All of them from 0 on, as far as any was asked for: one array."""
 
 
 def _dialect() -> Dialect:

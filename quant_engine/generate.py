@@ -36,7 +36,7 @@ class GenerationResult:
     prompt_tokens_per_s is of all prompt tokens but the last, generation_tokens_per_s of all new tokens but
     the first; 0 where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
     the process since its start on a CPU. finish_reason: "stop" at an end token, "length" at max_tokens or
-    the context's end. cache_bytes: what the key-value cache holds at the end.
+    the context's end. cache_bytes: what the key-value cache takes at the end, its room for more tokens included.
     """
 
     text: str

@@ -318,7 +318,7 @@ def convert_cache_to_turboquant(
     if tq_bits is not None:
         k_bits = v_bits = tq_bits
     config = CacheConfig(k_bits, v_bits, group_size, sink_tokens, recent_tokens, boundary_layers, seed)
-    plain = [i for i, layer in enumerate(cache) if isinstance(layer, mlx_lm_cache.KVCache)]
+    plain = [i for i, layer in enumerate(cache) if _is_plain(layer)]
     chosen = set(plain[boundary_layers : len(plain) - boundary_layers])
     if not chosen:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache})) or "none"
@@ -327,6 +327,13 @@ def convert_cache_to_turboquant(
             f"plain KVCache and boundary_layers={boundary_layers} keeps {2 * boundary_layers} of them whole"
         )
     return [_compressed(layer, config) if i in chosen else layer for i, layer in enumerate(cache)]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it is mlx-lm's plain cache; one that waits for kernels is so again once it is asked for its tokens."""
+    if isinstance(layer, mlx_lm_cache.KVCache):
+        layer.empty()
+    return type(layer) is mlx_lm_cache.KVCache
 
 
 def _compressed(layer: Any, config: CacheConfig) -> TurboQuantKVCache:

@@ -28,10 +28,12 @@ class ModelStep:
 
     def takes(self, x: mx.array, caches: Sequence[Any] | None) -> bool:
         """Whether x is (B, 1, width), and every cache holds some tokens already, equally many."""
-        dtype = self._run.dtype
-        if caches is None or x.shape[1] != 1 or x.shape[0] > MOST_ENTRIES or x.dtype != dtype:
+        batch, dtype, all_heads = x.shape[0], self._run.dtype, self._run.heads
+        if caches is None or len(caches) != len(all_heads):
             return False
-        fit = all(can_be_lent(cache, heads, dtype) for cache, heads in zip(caches, self._run.heads, strict=True))
+        if x.shape[1] != 1 or batch > MOST_ENTRIES or x.dtype != dtype:
+            return False
+        fit = all(can_be_lent(cache, heads, batch, dtype) for cache, heads in zip(caches, all_heads, strict=True))
         return fit and same_length(caches) and all(map(has_kernel, self._operations(caches)))
 
     def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
@@ -51,11 +53,13 @@ class ModelStep:
 def fuse_model(model: nn.Module) -> bool:
     """Let a model whose layers are all fused decode in one call; returns whether it does.
 
-    It keeps its own call where the kernels do not take its heads, or its rotary embeddings are others than those that
-    turn value i of a head with value i + size / 2.
+    It keeps its own call where the kernels do not take its heads, its norm does more than that, or its rotary
+    embeddings are others than those that turn value i of a head with value i + size / 2.
     """
     inner = backbone(model)
     if type(inner) not in PLAIN_MODELS or getattr(inner, "pipeline_size", 1) > 1:
+        return False
+    if type(cast(Any, inner).norm) is not nn.RMSNorm:
         return False
     module, layers, rotaries = cast(Any, inner), list[TileLayer](), list[Rotary]()
     for block in module.layers:

@@ -295,12 +295,13 @@ class SafetensorsWriter:
         self._put(raw.data, position)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
-        if self._pool is None:
-            self._write(data, position)
-            return
         while len(self._order) > 1 and not self._left[self._order[0]]:
             self._order.popleft()
-        whole = self._positions[self._order[0]]
+        whole = self._positions[self._order[0]] if self._order else position + len(data)
+        if self._pool is None:
+            self._write(data, position)
+            self._whole(whole)
+            return
         self._unwritten.append((self._pool.submit(self._write, data, position), whole))
         self._settle(UNWRITTEN)
 

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 from metal_kernels import WAITING, Codes, Heads, Held, gpu_codes
 from quant_engine.kv_cache import STEP, TurboQuantKVCache
 
-SHARE = 4
+SHARE = 8
 """Room grows by this share of the tokens held, since a model that decodes in one call is compiled again then."""
 
 
@@ -31,9 +31,15 @@ class Waiting:
         """Be lent, for tokens of this dtype."""
         raise NotImplementedError
 
-    def end(self) -> None:
-        """Be of its own kind again."""
+    def settle(self, keys: mx.array, values: mx.array, held: int) -> None:
+        """Take in tokens that waited, when it is of its own kind again."""
         raise NotImplementedError
+
+    def suits(self, heads: Heads, batch: int, dtype: mx.Dtype) -> bool:
+        """Whether it was lent for such heads, and nobody has dropped tokens since."""
+        own, sizes = self.heads, (heads.count, heads.kv_count, heads.size)
+        same = (own.count, own.kv_count, own.size) == sizes and self.arrays[0].dtype == dtype
+        return same and self.arrays[1].shape[0] == batch and self.offset == self.held + self.waits
 
     def join(self, kept: mx.array) -> None:
         """One token more waits, with those before it, in this array."""
@@ -41,19 +47,27 @@ class Waiting:
         self.waits += 1
         self.offset += 1
 
+    def end(self) -> None:
+        """Be of its own kind again; after an exception it is lent as before."""
+        own, kind = vars(self), type(self)
+        before = dict(own)
+        try:
+            for name in ("heads", "arrays", "codes", "held", "waits"):
+                own.pop(name, None)
+            cast(Any, self).__class__ = _OWN[kind]
+            if before.get("waits"):
+                waiting = before["heads"].waiting(before["arrays"][0], before["arrays"][1].shape[0])
+                new = waiting[:, :, :, : before["waits"]]
+                kind.settle(self, new[0], new[1], before["held"])
+        except BaseException:
+            own.clear()
+            own.update(before)
+            cast(Any, self).__class__ = kind
+            raise
+
     def _begin(self, heads: Heads, dtype: mx.Dtype, arrays: Sequence[mx.array], held: int, codes: Codes | None) -> None:
         self.arrays = (heads.room(arrays[0].shape[0], dtype), *arrays)
         self.heads, self.codes, self.held, self.waits = heads, codes, held, 0
-
-    def _end(self, kind: type) -> mx.array | None:
-        """Keys and values (2, B, heads, waits, size) that waited; the cache is of this kind then."""
-        own, new = vars(self), None
-        if own.get("waits"):
-            new = self.heads.waiting(self.arrays[0], self.arrays[1].shape[0])[:, :, :, : self.waits]
-        for name in ("heads", "arrays", "codes", "held", "waits"):
-            own.pop(name, None)
-        cast(Any, self).__class__ = kind
-        return new
 
 
 class WaitingKVCache(Waiting, KVCache):
@@ -63,14 +77,11 @@ class WaitingKVCache(Waiting, KVCache):
         """As of `Waiting`."""
         self._begin(heads, dtype, (vars(self)["keys"], vars(self)["values"]), self.offset, None)
 
-    def end(self) -> None:
+    def settle(self, keys: mx.array, values: mx.array, held: int) -> None:
         """As of `Waiting`."""
-        held, length = vars(self).get("held", 0), self.offset
-        new = self._end(KVCache)
-        if new is not None:
-            self.offset, self.step = held, _growth(held)
-            self.update_and_fetch(new[0], new[1])
-            self.offset = length
+        length, self.offset, self.step = self.offset, held, _growth(held)
+        self.update_and_fetch(keys, values)
+        self.offset = length
 
     def trim(self, n: int) -> int:
         """As mlx-lm's."""
@@ -87,19 +98,20 @@ class WaitingTurboQuantKVCache(Waiting, TurboQuantKVCache):
         codes = gpu_codes(keys.code, values.code)
         self._begin(heads, dtype, (*keys.store, *values.store), vars(self)["_packed"], codes)
 
-    def end(self) -> None:
+    def settle(self, keys: mx.array, values: mx.array, held: int) -> None:
         """As of `Waiting`."""
-        new = self._end(TurboQuantKVCache)
-        if new is not None:
-            self._settle(new[0], new[1], _growth(self._packed))
+        self._settle(keys, values, _growth(held))
 
-    def fits(self, heads: Heads) -> bool:
-        """Whether a cache holds packed tokens of such heads and nothing else."""
+    def fits(self, heads: Heads, batch: int) -> bool:
+        """Whether a cache holds packed tokens of such heads, and is to hold no others."""
         sides = (self._keys, self._values)
-        if not self._packed or self._packed != self.offset or any(side.code is None for side in sides):
+        if not self._packed or self._packed != self.offset or self.config.sink_tokens or self.config.recent_tokens:
             return False
-        keys, values = (cast(Any, side.code) for side in sides)
-        return keys.size == values.size == heads.size and gpu_codes(keys, values) is not None
+        if any(side.code is None or side.store is None for side in sides):
+            return False
+        keys, values = (cast(Any, side) for side in sides)
+        shaped = keys.store[0].shape[:2] == (batch, heads.kv_count) and keys.code.size == values.code.size == heads.size
+        return shaped and gpu_codes(keys.code, values.code) is not None
 
 
 def _lent(kind: type[Waiting], *names: str) -> type[Waiting]:
@@ -125,22 +137,28 @@ _LENT: dict[type, type[Waiting]] = {
     KVCache: _lent(WaitingKVCache, "keys", "values"),
     TurboQuantKVCache: _lent(WaitingTurboQuantKVCache, "_keys", "_values", "_packed"),
 }
+_OWN = {lent: own for own, lent in _LENT.items()}
 
 
 def _growth(held: int) -> int:
-    return STEP * -(-held // (SHARE * STEP))
+    return STEP * max(1, -(-held // (SHARE * STEP)))
 
 
-def can_be_lent(cache: Any, heads: Heads, dtype: mx.Dtype) -> bool:
-    """Whether a cache holds tokens of such heads, all of them in one way that the kernels take."""
+def can_be_lent(cache: Any, heads: Heads, batch: int, dtype: mx.Dtype) -> bool:
+    """Whether a cache holds tokens of such heads, all of them in one way that the kernels take.
+
+    One that was lent for others, or lost tokens since, is of its own kind again.
+    """
     if isinstance(cache, Waiting):
-        return True
+        if cache.suits(heads, batch, dtype):
+            return True
+        cache.end()
     if type(cache) is TurboQuantKVCache:
-        return WaitingTurboQuantKVCache.fits(cast(WaitingTurboQuantKVCache, cache), heads)
-    if type(cache) is not KVCache or cache.keys is None or cache.values is None:
+        return WaitingTurboQuantKVCache.fits(cast(WaitingTurboQuantKVCache, cache), heads, batch)
+    if type(cache) is not KVCache or cache.keys is None or cache.values is None or not cache.offset:
         return False
-    keys, values = cache.keys, cache.values
-    return keys.dtype == values.dtype == dtype and keys.shape[1::2] == (heads.kv_count, heads.size)
+    keys, values, shape = cache.keys, cache.values, (batch, heads.kv_count, heads.size)
+    return keys.dtype == values.dtype == dtype and (*keys.shape[:2], keys.shape[3]) == shape
 
 
 def same_length(caches: Sequence[Any]) -> bool:
@@ -156,11 +174,4 @@ def lend(cache: Any, heads: Heads, dtype: mx.Dtype) -> Waiting:
     if not isinstance(cache, Waiting):
         cache.__class__ = _LENT[type(cache)]
         cache.begin(heads, dtype)
-    return cache
-
-
-def give_back(cache: Any) -> Any:
-    """The same cache, of its own kind."""
-    if isinstance(cache, Waiting):
-        cache.end()
     return cache

@@ -167,9 +167,9 @@ def _joined(
 def _tiles(batch: int, dtype: mx.Dtype, heads: Heads) -> tuple[int, dict[str, int | bool | mx.Dtype]]:
     """Threadgroups that a part of the context takes, and compile-time values."""
     group, eps = heads.count // heads.kv_count, heads.norms[0].eps if heads.norms else 0.0
-    chunks = -(-group * heads.size // VALUES)
+    chunks = -(-group // max(1, VALUES // heads.size))
     at_once = -(-group // chunks)
-    return batch * heads.kv_count * -(-group // at_once), {
+    return batch * heads.kv_count * chunks, {
         "HEADS": at_once, "GROUP": group, "KV_HEADS": heads.kv_count, "SIZE": heads.size, "SIMDGROUPS": SIMDGROUPS,
         "WAITING": WAITING, "NORMED": heads.norms is not None, "EPS": float_bits(eps),
         "FACTOR": float_bits(heads.scale * math.log2(math.e)), "T": dtype,

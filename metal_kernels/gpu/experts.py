@@ -12,15 +12,6 @@ from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 INPUTS = ("x", "x_scales", "codes", "scales", "fixed")
-_FIND = """
-  turboquant::Share<BITS, GROUP, EXPERTS> share(codes_shape[0], codes_shape[1]);
-  share.rows = 16 * share.tiles - SPARE;
-  if (!share.find(first_rows, first_blocks, threadgroup_position_in_grid.y)) {
-    return;
-  }
-"""
-"""Where a kernel over rows in the order of their experts begins: whose rows are this threadgroup's?"""
-
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
     sources=("experts.metal",),

@@ -9,6 +9,7 @@ import mlx.core as mx
 from metal_kernels import reference
 from metal_kernels.gpu import attention, decode_attention, experts, products, quantize, tiles
 from metal_kernels.gpu.products import Gpu
+from metal_kernels.launch import number
 
 TOLERANCE = 0.02
 """Of the largest value: what rounding to float16 leaves far below, and a wrong lane does not."""
@@ -108,20 +109,28 @@ def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
     return ours, reference.unrotate(right, _signs(), WIDTH)
 
 
-def _decoding(_: Gpu) -> tuple[mx.array, mx.array]:
-    heads, held, room = decode_attention.Heads(4, 2, WIDTH, WIDTH**-0.5, None), TOKENS - 4, 2 * TOKENS
+def _decoding(gpu: Gpu) -> tuple[mx.array, mx.array]:
+    """Over a short context, a long one in parts, and a packed one."""
+    heads, waits, held = decode_attention.Heads(4, 2, WIDTH, WIDTH**-0.5, None), 4, TOKENS - 4
     tokens = _activations(1, 2, 2, TOKENS).transpose(1, 0, 2, 3, 4)
-    keys, values = (mx.pad(x[:, :, :held], [(0, 0), (0, 0), (0, room - held), (0, 0)]) for x in tokens)
-    waits = mx.pad(tokens[:, :, :, held:], [(0, 0)] * 3 + [(0, decode_attention.WAITING - 4), (0, 0)])
     stacked, turns = _activations(8).reshape(1, -1), mx.repeat(mx.array([1.0, 0.0]), WIDTH // 2)
-    kept = mx.concatenate([mx.zeros((4 * WIDTH,), mx.float16), waits.reshape(-1)])
-    state = decode_attention.state_of(held, TOKENS - held)
-    made = decode_attention.decode_attention(stacked, turns, (kept, keys, values), state, heads)
-    ours = heads.seen(made, 1)
+    waiting = mx.pad(tokens[..., held:, :], [(0, 0)] * 3 + [(0, decode_attention.WAITING - waits), (0, 0)])
+    kept = mx.concatenate([mx.zeros((4 * WIDTH,), mx.float16), waiting.reshape(-1)])
+    state, made = decode_attention.state_of(held, waits), list[mx.array]()
+    for room in (2 * TOKENS, decode_attention.ALONE + TOKENS):
+        keys, values = mx.pad(tokens[..., :held, :], [(0, 0)] * 3 + [(0, room - held), (0, 0)])
+        made.append(decode_attention.decode_attention(stacked, turns, (kept, keys, values), state, heads))
+    turned = reference.rotate(tokens[..., :held, :].astype(mx.float32), _signs(), WIDTH)
+    packed = [reference.pack_cache(x, _CODEBOOK, GROUP) for x in turned]
+    arrays, codes, late = (kept, *packed[0], *packed[1]), (_head(), _head()), number(held)
+    made.append(decode_attention.packed_decode_attention(stacked, turns, arrays, state, late, heads, codes, gpu))
     q, new = stacked.reshape(1, 8, 1, WIDTH)[:, :4], stacked.reshape(1, 4, 2, 1, WIDTH)[:, 2:].transpose(1, 0, 2, 3, 4)
-    k, v = mx.concatenate([tokens, new], axis=3).astype(mx.float32)
-    right = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), k, v, scale=heads.scale)
-    return ours, right.reshape(ours.shape)
+    coded = reference.unrotate(mx.stack([reference.dequantize(*x, _CODEBOOK) for x in packed]), _signs(), WIDTH)
+    right = list[mx.array]()
+    for early in (tokens[..., :held, :], tokens[..., :held, :], coded):
+        k, v = mx.concatenate([early, tokens[..., held:, :], new], axis=3).astype(mx.float32)
+        right.append(mx.fast.scaled_dot_product_attention(q.astype(mx.float32), k, v, scale=heads.scale))
+    return mx.stack([heads.seen(one, 1) for one in made]), mx.stack([one.reshape(1, -1) for one in right])
 
 
 _CASES: Mapping[str, Callable[[Gpu], tuple[mx.array, mx.array]]] = {

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -10,11 +10,16 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from metal_kernels import Heads, Norm
 from metal_kernels.gpu import decode_attention
+from quant_engine import mlx_lm_adapter as adapter
 from quant_engine import model_step, waiting_cache
+from quant_engine.config import CacheConfig
+from quant_engine.gpu_step import GpuStep
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant, load_cache, save_cache
-from quant_engine.model_step import ModelStep
-from quant_engine.waiting_cache import Waiting, give_back, lend, same_length
+from quant_engine.model_step import ModelStep, fuse_model
+from quant_engine.stream_ends import UnrotatedNorm
+from quant_engine.waiting_cache import Waiting, can_be_lent, lend, same_length
 from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.quant_engine.checkpoints import CONFIG
 from tests.quant_engine.test_gpu_step import HEADS, KV_HEADS, SCALE, SIZE, WIDTH, Layer
 
 PROMPT = 3
@@ -144,7 +149,8 @@ def test_a_branch_of_a_lent_cache_goes_on_by_itself() -> None:
     assert isinstance(two, Waiting)
     one.join(one.arrays[0] + 1)
     assert (one.waits, two.waits) == (2, 1)
-    assert give_back(two).offset == PROMPT + 1
+    two.end()
+    assert (type(two), two.offset) == (KVCache, PROMPT + 1)
 
 
 def test_room_grows_by_a_share_of_what_is_there() -> None:
@@ -153,7 +159,8 @@ def test_room_grows_by_a_share_of_what_is_there() -> None:
     for _ in range(decode_attention.WAITING + 1):
         own = lend(cache, OWN, mx.float32)
         own.join(own.arrays[0])
-    assert give_back(cache).keys.shape[2] == 2048 + 512
+    assert cache.keys.shape[2] == 2048 + 256
+    assert waiting_cache._growth(16384) == 2048  # pyright: ignore[reportPrivateUsage]
 
 
 def test_whoever_asks_a_lent_compressed_cache_gets_all_of_it(tmp_path: Path) -> None:
@@ -194,12 +201,74 @@ def test_a_step_takes_plain_caches_of_one_length_and_one_token(
     assert step.takes(x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0))
     other = [*caches()[:1], caches()[1]]
     other[1].trim(1)
+    nothing = caches()
+    for cache in nothing:
+        cache.trim(PROMPT)
     refused = {
         "no cache": (x, None), "empty caches": (x, [KVCache(), KVCache()]), "unequal": (x, other),
         "two tokens": (mx.concatenate([x, x], axis=1), caches()), "float32": (x.astype(mx.float32), caches()),
         "caches in float32": (x, caches(mx.float32)),
+        "nothing held": (x, nothing), "a cache more": (x, [*caches(), KVCache()]),
+        "another batch": (mx.concatenate([x, x]), caches()),
         "a window": (x, convert_cache_to_turboquant(caches(), tq_bits=4, group_size=0, sink_tokens=1)),
     }  # fmt: skip
     for name, (given, own) in refused.items():
         assert not step.takes(given, own), name
     assert not same_length([lent(0), caches()[1], lent(1)])
+
+
+def test_tokens_dropped_behind_a_lent_caches_back_are_gone() -> None:
+    cache = lent(3)
+    cache.offset -= 2
+    assert can_be_lent(cache, OWN, 1, mx.float16)
+    assert type(cache) is KVCache
+    again = lent(1, cache)
+    again.end()
+    assert cache.keys_and_values()[0][0, 0, PROMPT:, 0].tolist() == [1, 1]
+
+
+def test_a_cache_that_was_lent_for_other_heads_is_not_taken_for_these() -> None:
+    others = {
+        "heads": (Heads(2 * HEADS, KV_HEADS, SIZE, SCALE, None), 1, mx.float16), "a batch": (OWN, 2, mx.float16),
+        "a dtype": (OWN, 1, mx.bfloat16),
+    }  # fmt: skip
+    for name, (heads, batch, dtype) in others.items():
+        cache = lent(1)
+        assert can_be_lent(cache, heads, batch, dtype) == (name == "heads"), name
+        assert type(cache) is KVCache
+
+
+def test_a_window_of_recent_tokens_is_kept_though_it_is_empty_now() -> None:
+    cache = TurboQuantKVCache(CacheConfig(8, 8, 0, 0, 4))
+    cache.add(*(mx.ones((1, KV_HEADS, 20, SIZE), mx.float16) for _ in range(2)))
+    cache.trim(4)
+    assert not can_be_lent(cache, OWN, 1, mx.float16)
+
+
+@pytest.mark.parametrize("make", [caches, lambda: [compressed()]], ids=["plain", "compressed"])
+def test_an_error_while_tokens_are_taken_in_loses_none(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = lent(2, make()[0])
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "update_and_fetch", fail)
+        patch.setattr(TurboQuantKVCache, "_settle", fail)
+        with pytest.raises(MemoryError):
+            cache.end()
+    assert isinstance(cache, Waiting) and cache.waits == 2 and cache.offset == PROMPT + 2
+    cache.end()
+    assert cache.offset == PROMPT + 2
+    assert type(cache) in (KVCache, TurboQuantKVCache)
+
+
+def test_a_model_whose_norm_turns_values_back_keeps_its_own_call(layers: list[Layer]) -> None:
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": SIZE}
+    plain, turning = (cast(Any, adapter.build(CONFIG | sizes | {"num_hidden_layers": 2})) for _ in range(2))
+    turning.model.norm = UnrotatedNorm(turning.model.norm, mx.ones(WIDTH), WIDTH)
+    for model in (plain, turning):
+        for block, layer in zip(model.layers, layers, strict=True):
+            block._step = GpuStep(layer.tiles)
+    assert fuse_model(plain)
+    assert not fuse_model(turning)

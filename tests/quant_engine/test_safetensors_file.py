@@ -204,6 +204,23 @@ def test_threads_write_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_whoever_asks_is_told_how_much_of_a_file_is_whole(tmp_path: Path, threads: int) -> None:
+    path, told = tmp_path / "x", list[int]()
+    with (
+        ThreadPoolExecutor(2) as pool,
+        SafetensorsWriter(path, SPECS, pool if threads else None, told.append) as writer,
+    ):
+        writer.write("scales", np.ones((4, 1), np.float16))
+        writer.write("codes", np.ones((4, 3), np.uint32))
+        writer.write("norm", np.ones(5, np.uint16))
+    codes, end = read_header(path)["codes"], path.stat().st_size
+    assert told == [codes.start, codes.start, codes.end, end]
+    with ThreadPoolExecutor(2) as pool, SafetensorsWriter(tmp_path / "y", [], pool, told.append):
+        pass
+    assert told[-1] == (tmp_path / "y").stat().st_size
+
+
 def test_an_error_of_a_thread_that_writes_comes_at_a_later_piece_or_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

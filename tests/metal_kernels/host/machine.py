@@ -58,7 +58,8 @@ class Machine:
         program = self.folder / kernel.name
         text = kernel.header("host") + "".join(_variant(kernel, i, *v) for i, v in enumerate(variants))
         for old, new in self.edits:
-            assert text.count(old) == 1, f"{text.count(old)} times in the source: {old}"
+            if text.count(old) != 1:
+                raise LookupError(f"{text.count(old)} times in the source: {old}")
             text = text.replace(old, new)
         names = ", ".join(f"variant_{i}" for i in range(len(variants)))
         text += f"int main() {{ return emulator::main({{{names}}}); }}\n"
