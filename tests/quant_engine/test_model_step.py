@@ -46,17 +46,17 @@ def tokens(count: int) -> list[mx.array]:
 
 @pytest.fixture
 def few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two tokens to wait, so that of five some are written meanwhile."""
+    """Room for two tokens to wait, so that of three some are written meanwhile."""
     monkeypatch.setattr(decode_attention, "WAITING", 2)
     monkeypatch.setattr(waiting_cache, "WAITING", 2)
     monkeypatch.setattr(model_step, "has_kernel", lambda _: True)
 
 
 def decoded(layers: list[Layer], own: list[Any]) -> list[mx.array]:
-    """The model's outputs for five tokens, by a step over these caches."""
+    """The model's outputs for three tokens, by a step over these caches."""
     step = ModelStep([layer.tiles for layer in layers], Norm(mx.ones(WIDTH, mx.float16), 1e-5))
     made = list[mx.array]()
-    for x in tokens(5):
+    for x in tokens(3):
         assert step.takes(x, own)
         made.append(step(x, own))
     return made
@@ -65,7 +65,7 @@ def decoded(layers: list[Layer], own: list[Any]) -> list[mx.array]:
 def check(layers: list[Layer], found: list[mx.array], tolerance: float) -> list[KVCache]:
     """Compare outputs with those of the layers one by one; their caches then."""
     plain = caches(mx.float32)
-    for x, y in zip(tokens(5), found, strict=True):
+    for x, y in zip(tokens(3), found, strict=True):
         right = layers[1].plain(layers[0].plain(x.astype(mx.float32), plain[0]), plain[1])
         right = mx.fast.rms_norm(right, None, 1e-5)
         assert mx.abs(y - right).max() < tolerance * mx.abs(right).max()
@@ -84,7 +84,7 @@ def test_a_model_in_one_call_equals_its_layers_one_by_one(tmp_path: Path, layers
 
     plain = check(layers, on_machine(tmp_path, run), 5e-3)
     for (length, keys, values), cache in zip(held, plain, strict=True):
-        assert length == cache.offset == PROMPT + 5
+        assert length == cache.offset == PROMPT + 3
         for ours, theirs in zip((keys, values), cache.keys_and_values(), strict=True):
             assert mx.abs(ours - theirs).max() < 1e-2
 
