@@ -1,6 +1,5 @@
 """Decoder layers that compute themselves in fewer steps, in the place of mlx-lm's own call."""
 
-from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
@@ -72,10 +71,6 @@ def fuse_decoder_layers(model: nn.Module) -> int:
             module.__class__ = _stepping(type(module))
             module._step = step
             fused += 1
-    for one, two in pairwise(getattr(model, "layers", ())):
-        steps = getattr(one, "_step", None), getattr(two, "_step", None)
-        if isinstance(steps[0], GpuStep) and isinstance(steps[1], GpuStep):
-            steps[0].follow_with(steps[1])
     return fused
 
 

@@ -93,25 +93,12 @@ class TileLayer:
 
 
 class CompiledLayer:
-    """A `TileLayer` with both sides of attention compiled; MLX compiles them again for other numbers of positions.
-
-    through(x, attended, offset), once the layer is followed: its output and what the next one's attention takes of it.
-    """
+    """A `TileLayer` with both sides of attention compiled; MLX compiles them again for other numbers of positions."""
 
     def __init__(self, layer: TileLayer) -> None:
-        self.dtype, self._layer = layer.dtype, layer
+        self.dtype = layer.dtype
         self.before: Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]] = mx.compile(layer.before)
         self.after: Callable[[mx.array, mx.array], mx.array] = mx.compile(layer.after)
-        self.through: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, ...]]
-
-    def follow_with(self, following: "CompiledLayer") -> None:
-        """Let `following` be the layer that `through` begins."""
-
-        def through(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            y = self._layer.after(x, attended)
-            return y, *following._layer.before(y, offset)
-
-        self.through = mx.compile(through)
 
     def takes(self, x: mx.array) -> bool:
         """Whether x (B, L, width) has few enough positions, in the right precision."""

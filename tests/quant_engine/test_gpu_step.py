@@ -67,12 +67,6 @@ def layers() -> list[Layer]:
     return [Layer.of(1), Layer.of(2)]
 
 
-def steps_of(layers: list[Layer]) -> list[GpuStep]:
-    steps = [GpuStep(layer.tiles) for layer in layers]
-    steps[0].follow_with(steps[1])
-    return steps
-
-
 def inputs() -> list[mx.array]:
     return [mx.random.normal((1, 1, WIDTH), key=mx.random.key(i)).astype(mx.float16) for i in range(3)]
 
@@ -81,7 +75,7 @@ def test_layers_in_steps_equal_the_plain_ones(tmp_path: Path, layers: list[Layer
     """Position after position, each with what the caches hold."""
 
     def run() -> list[mx.array]:
-        steps, caches, made = steps_of(layers), [KVCache(), KVCache()], list[mx.array]()
+        steps, caches, made = [GpuStep(layer.tiles) for layer in layers], [KVCache(), KVCache()], list[mx.array]()
         for x in inputs():
             y = steps[0](x, None, caches[0])
             made.append(steps[1](y, None, caches[1]))
@@ -91,20 +85,3 @@ def test_layers_in_steps_equal_the_plain_ones(tmp_path: Path, layers: list[Layer
     for x, y in zip(inputs(), on_machine(tmp_path, run), strict=True):
         right = layers[1].plain(layers[0].plain(x.astype(mx.float32), caches[0]), caches[1])
         assert mx.abs(y - right).max() < 5e-3 * mx.abs(right).max()
-
-
-def test_what_waits_for_another_input_or_position_is_not_taken(tmp_path: Path, layers: list[Layer]) -> None:
-    def run() -> list[mx.array]:
-        steps, (x, other, _) = steps_of(layers), inputs()
-        alone = GpuStep(layers[1].tiles)
-        y = steps[0](x, None, KVCache())
-        made = [steps[1](other, None, KVCache()), alone(other, None, KVCache())]
-        steps[0](x, None, KVCache())
-        later = [KVCache(), KVCache()]
-        for cache in later:
-            cache.update_and_fetch(*(mx.ones((1, KV_HEADS, 3, SIZE), mx.float16) for _ in range(2)))
-        return [*made, steps[1](y, None, later[0]), alone(y, None, later[1])]
-
-    one, two, three, four = on_machine(tmp_path, run)
-    assert mx.array_equal(one, two)
-    assert mx.array_equal(three, four)
