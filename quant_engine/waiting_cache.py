@@ -3,6 +3,7 @@
 A cache that was lent to the kernels so is of its own kind again as soon as anyone asks it for tokens, or drops some.
 """
 
+from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,30 +17,30 @@ SHARE = 8
 """Room grows by this share of the tokens held, since a model that decodes in one call is compiled again then."""
 
 
-class Waiting:
+class Waiting(metaclass=ABCMeta):
     """What a lent cache has besides: its arrays, the first for those that wait; how the others are packed; `held`
     tokens in them, and `waits` more that wait."""
 
     heads: Heads
+    batch: int
     arrays: Held
     codes: Codes | None
     held: int
     waits: int
     offset: int
 
+    @abstractmethod
     def begin(self, heads: Heads, dtype: mx.Dtype) -> None:
         """Be lent, for tokens of this dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, keys: mx.array, values: mx.array, held: int) -> None:
         """Take in tokens that waited, when it is of its own kind again."""
-        raise NotImplementedError
 
     def suits(self, heads: Heads, batch: int, dtype: mx.Dtype) -> bool:
-        """Whether it was lent for such heads, and nobody has dropped tokens since."""
-        own, sizes = self.heads, (heads.count, heads.kv_count, heads.size)
-        same = (own.count, own.kv_count, own.size) == sizes and self.arrays[0].dtype == dtype
-        return same and self.arrays[1].shape[0] == batch and self.offset == self.held + self.waits
+        """Whether it was lent for just these heads, and nobody has dropped tokens since; asked for every token."""
+        same = self.heads is heads and self.batch == batch and self.arrays[0].dtype == dtype
+        return same and self.offset == self.held + self.waits
 
     def join(self, kept: mx.array) -> None:
         """One token more waits, with those before it, in this array."""
@@ -52,11 +53,11 @@ class Waiting:
         own, kind = vars(self), type(self)
         before = dict(own)
         try:
-            for name in ("heads", "arrays", "codes", "held", "waits"):
+            for name in ("heads", "batch", "arrays", "codes", "held", "waits"):
                 own.pop(name, None)
             cast(Any, self).__class__ = _OWN[kind]
             if before.get("waits"):
-                waiting = before["heads"].waiting(before["arrays"][0], before["arrays"][1].shape[0])
+                waiting = before["heads"].waiting(before["arrays"][0], before["batch"])
                 new = waiting[:, :, :, : before["waits"]]
                 kind.settle(self, new[0], new[1], before["held"])
         except BaseException:
@@ -66,8 +67,8 @@ class Waiting:
             raise
 
     def _begin(self, heads: Heads, dtype: mx.Dtype, arrays: Sequence[mx.array], held: int, codes: Codes | None) -> None:
-        self.arrays = (heads.room(arrays[0].shape[0], dtype), *arrays)
-        self.heads, self.codes, self.held, self.waits = heads, codes, held, 0
+        self.heads, self.batch, self.codes, self.held, self.waits = heads, arrays[0].shape[0], codes, held, 0
+        self.arrays = (heads.room(self.batch, dtype), *arrays)
 
 
 class WaitingKVCache(Waiting, KVCache):

@@ -196,18 +196,16 @@ def attend_parts(
         "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
         "T": queries.dtype,
     }  # fmt: skip
-    parts = _parts(room, tiles)
+    parts = parts_of(room, tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
     return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
 
 
-def _parts(room: int, tiles: int) -> int:
-    """How many parts of a context there are, each of a multiple of TOKENS_AT_ONCE tokens but the last."""
-    most = max(1, THREADGROUPS // tiles)
-    chunk = -(-max(room, 1) // most)
-    chunk = -(-chunk // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
-    return -(-max(room, 1) // chunk)
+def parts_of(room: int, tiles: int, tokens: int) -> int:
+    """How many parts a context of `room` has, each a multiple of `tokens`, where a part takes `tiles` threadgroups."""
+    chunk = -(-max(room, 1) // max(1, THREADGROUPS // tiles))
+    return -(-max(room, 1) // (-(-chunk // tokens) * tokens))
 
 
 @cache

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from metal_kernels.gpu.attention import HeadCode, Kind, attend_parts
+from metal_kernels.gpu.attention import HeadCode, Kind, attend_parts, parts_of
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.launch import SIMD, Kernel, float_bits, made, number, zeros
@@ -22,8 +22,8 @@ SIMDGROUPS = 8
 """Of a threadgroup."""
 VALUES = 512
 """Of all heads of queries that a threadgroup takes at most: what its registers are enough for."""
-ALONE, PART, MOST_PARTS = 512, 256, 528
-"""Room for tokens that one threadgroup takes alone, tokens of a part of more at least, and threadgroups at most."""
+ALONE, PART = 512, 256
+"""Room for tokens that one threadgroup takes alone, and tokens of a part of more, or a multiple."""
 
 _INPUTS = ("stacked", "turns", "norms", "kept", "state")
 
@@ -114,7 +114,7 @@ def decode_attention(stacked: mx.array, turns: mx.array, cache: Plain, state: mx
     kept, keys, values = cache
     batch, _, room, size = keys.shape
     tiles, constants = _tiles(batch, stacked.dtype, heads)
-    parts = _parts(room, tiles)
+    parts = 1 if room <= ALONE else parts_of(room, tiles, PART)
     inputs, threads = [*_inputs(stacked, turns, kept, state, heads), keys, values], SIMD * SIMDGROUPS
     if parts == 1:
         return ALL.launch(inputs, [(kept.shape, kept.dtype)], (1, tiles), threads, constants)[0]
@@ -179,12 +179,3 @@ def _tiles(batch: int, dtype: mx.Dtype, heads: Heads) -> tuple[int, dict[str, in
 def _inputs(stacked: mx.array, turns: mx.array, kept: mx.array, state: mx.array, heads: Heads) -> list[mx.array]:
     norms = heads.norm_weights
     return [stacked, turns, zeros(stacked.dtype) if norms is None else norms, kept, state]
-
-
-def _parts(room: int, tiles: int) -> int:
-    """How many parts of a context of `room` there are."""
-    if room <= ALONE:
-        return 1
-    chunk = -(-room // max(1, MOST_PARTS // tiles))
-    chunk = -(-chunk // PART) * PART
-    return -(-room // chunk)

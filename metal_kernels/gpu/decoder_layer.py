@@ -3,11 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import cast
 
 import mlx.core as mx
 
 from metal_kernels.gpu import turned_product
-from metal_kernels.gpu.decode_attention import Codes, Heads, decode_attention, packed_decode_attention, state_of
+from metal_kernels.gpu.decode_attention import (
+    Codes,
+    Heads,
+    Packed,
+    Plain,
+    decode_attention,
+    packed_decode_attention,
+    state_of,
+)
 from metal_kernels.gpu.products import FEW_ROWS, Gpu, gated, multiply
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
@@ -73,9 +82,9 @@ class TileLayer:
         """
         stacked = self._stacked(x)
         if codes is None:
-            kept = decode_attention(stacked, turns, (cache[0], cache[1], cache[2]), state, self.heads)
+            kept = decode_attention(stacked, turns, cast(Plain, cache), state, self.heads)
         else:
-            packed = cache[0], cache[1], cache[2], cache[3], cache[4]
+            packed = cast(Packed, cache)
             kept = packed_decode_attention(stacked, turns, packed, state, held, self.heads, codes, self.gpu)
         if turned_product.fits(len(x), x.dtype, self.o, self.gpu):
             middle = turned_product.turned_product(kept, self.o, self.gpu, added=x, first=len(x))

@@ -8,6 +8,11 @@ namespace turboquant {
 // Below every score; infinities would make differences that are no numbers.
 CONSTANT float NOTHING = -3.4e38f;
 
+// Tokens of each part of a context with this room, in whole `multiple`s.
+inline uint tokens_of_part(uint room, uint parts, uint multiple) {
+  return ((room + parts - 1) / parts + multiple - 1) / multiple * multiple;
+}
+
 // The factor that the sums so far shrink by when the maximum goes from `before` to `now`.
 inline float shrink(float before, float now) {
   return before == now ? 1.0f : power_of_two(before - now);
