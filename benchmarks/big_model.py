@@ -3,27 +3,27 @@
     python -m benchmarks.big_model [--layers 32] [--bits 3 4] [--tokens 128] [--context 0 32768]
 
 Nothing is downloaded or written to disk: codes are random bits, which take as long to read as real ones, and so are
-keys and values of a context before the prompt. mlx-lm's own `generate_step` drives every model, and only one is in
-memory at a time. TurboQuant's default leaves embeddings in full precision, affine, as `mlx_lm.convert -q`, does not.
+keys and values of a context before the prompt. mlx-lm's own `generate_step` drives every model, and they take turns,
+since a shared machine's processor is faster at one time than at another: 40 GB of memory. TurboQuant's default leaves
+embeddings in full precision, affine, as `mlx_lm.convert -q`, does not.
 """
 
 import argparse
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import metal_kernels
 from benchmarks.end_to_end import LARGE
-from benchmarks.harness import report, save
+from benchmarks.harness import report
 from quant_engine import QuantConfig, loader
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.fast_layers import fuse_feed_forward
@@ -36,7 +36,7 @@ from quant_engine.rotation import choose_block
 EIGHT_B = LARGE | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "vocab_size": 128256,
 }  # fmt: skip
-ROUNDS = 3
+ROUNDS = 5
 DTYPE = mx.bfloat16
 
 
@@ -60,16 +60,16 @@ def random_affine(config: dict[str, Any], bits: int) -> nn.Module:
     return model
 
 
-def random_turboquant(config: dict[str, Any], bits: int) -> nn.Module:
-    """The same as a conversion with the default recipe gives it, with random codes."""
+def random_turboquant(config: dict[str, Any], bits: int, folded: bool = False) -> nn.Module:
+    """The same as a conversion with the default recipe gives it, with random codes; folded: with --fold-rotation."""
     model = adapter.build(config)
     modules = {
-        path: ModuleEntry(bits, 64, choose_block(layer.weight.shape[1], "auto"), layer.weight.shape)
+        path: ModuleEntry(bits, 64, _block(path, layer.weight.shape[1], folded), layer.weight.shape)
         for path, layer in adapter.linear_modules(model).items()
     }
     tensors = {f"{path}.{name}": _random(dtype, shape)
                for path, entry in modules.items() for name, (dtype, shape) in entry.tensors().items()}  # fmt: skip
-    for path, value in nn.utils.tree_flatten(model.parameters()):
+    for path, value in tree_flatten(model.parameters()):
         if path.rpartition(".")[0] not in modules:
             tensors[path] = mx.ones(value.shape, DTYPE) * (1.0 if value.ndim == 1 else 0.02)
     manifest = Manifest.of(QuantConfig(bits=bits), modules, {}, {})
@@ -80,6 +80,11 @@ def random_turboquant(config: dict[str, Any], bits: int) -> nn.Module:
     adapter.route(model)
     mx.eval(model.parameters())
     return model
+
+
+def _block(path: str, width: int, folded: bool) -> int:
+    """Of the rotation at run time: what reads the residual stream has none where that is rotated already."""
+    return 1 if folded and not path.endswith(("o_proj", "down_proj")) else choose_block(width, "auto")
 
 
 def _random(dtype: str, shape: tuple[int, ...]) -> mx.array:
@@ -97,58 +102,78 @@ class Case:
     tokens: int
 
 
-def speeds(model: nn.Module, case: Case, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
-    """Prompt and generated tokens a second, medians of ROUNDS after one to warm up."""
-    read, made = zip(*(_turn(model, case, cache_bits) for _ in range(ROUNDS + 1)), strict=True)
-    return statistics.median(read[1:]), statistics.median(made[1:])
+@dataclass(frozen=True)
+class Contender:
+    """A model, and how many bits of keys and values it caches, if it compresses them."""
+
+    method: str
+    bits: int
+    model: nn.Module
+    cache_bits: tuple[int, int] | None = None
 
 
-def _turn(model: nn.Module, case: Case, cache_bits: tuple[int, int] | None) -> tuple[float, float]:
+def contenders(config: dict[str, Any], all_bits: Sequence[int]) -> list[Contender]:
+    """Who takes turns; the first two are what the others are compared with."""
+    ours = {bits: random_turboquant(config, bits) for bits in all_bits}
+    first = all_bits[0]
+    return [
+        Contender("mlx-lm bfloat16", 16, random_float(config)),
+        Contender("mlx-lm affine", 4, random_affine(config, 4)),
+        *(Contender("turboquant", bits, model) for bits, model in ours.items()),
+        Contender("turboquant, rotation folded", first, random_turboquant(config, first, folded=True)),
+        Contender("turboquant, cache at 8/4 bits", first, ours[first], (8, 4)),
+    ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Prompt and generated tokens a second, memory at most besides other models' weights, and what ran."""
+
+    read: float
+    made: float
+    peak: int
+    path: str
+
+
+def measure(everyone: Sequence[Contender], case: Case) -> list[dict[str, Any]]:
+    """Rows of medians of ROUNDS turns, after one to warm up, and of their ratios to the first two contenders."""
+    turns = [[_turn(contender, case) for contender in everyone] for _ in range(ROUNDS + 1)][1:]
+    rows: list[dict[str, Any]] = []
+    for contender, own in zip(everyone, zip(*turns, strict=True), strict=True):
+        read, made = statistics.median(turn.read for turn in own), statistics.median(turn.made for turn in own)
+        row: dict[str, Any] = {
+            "context": case.context, "method": contender.method, "bits": contender.bits, "prompt_tokens_per_s": read,
+            "generation_tokens_per_s": made, "peak_gb": own[-1].peak / 1e9, "kernel_path": own[-1].path,
+        }  # fmt: skip
+        for name, base in zip(("bfloat16", "affine"), rows[:2], strict=False):
+            row[f"generation_times_{name}"] = made / base["generation_tokens_per_s"]
+            row[f"prompt_times_{name}"] = read / base["prompt_tokens_per_s"]
+        rows.append(row)
+    return rows
+
+
+def _turn(contender: Contender, case: Case) -> Turn:
+    model = contender.model
+    mx.clear_cache()
+    others = mx.get_active_memory() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    mx.reset_peak_memory()
+    metal_kernels.reset_paths()
     cache: list[Any] = make_prompt_cache(model)
     for i, layer in enumerate(cache if case.context else []):
         shape = 2, 1, EIGHT_B["num_key_value_heads"], case.context, EIGHT_B["head_dim"]
         held = mx.random.normal(shape, DTYPE, key=mx.random.key(i))
         layer.update_and_fetch(held[0], held[1])
-    if cache_bits:
-        cache = convert_cache_to_turboquant(cache, k_bits=cache_bits[0], v_bits=cache_bits[1])
+    if contender.cache_bits:
+        k_bits, v_bits = contender.cache_bits
+        cache = convert_cache_to_turboquant(cache, k_bits=k_bits, v_bits=v_bits)
     mx.eval([layer.state for layer in cache if not layer.empty()])
     ids = mx.array([101 + (7919 * i) % 4000 for i in range(case.prompt)])
     began = time.perf_counter()
     steps = generate_step(ids, model, max_tokens=case.tokens, prompt_cache=cache)
     next(steps)
     read = time.perf_counter()
-    made = sum(1 for _ in steps)
-    return case.prompt / (read - began), made / (time.perf_counter() - read)
-
-
-def measure(config: dict[str, Any], bits: list[int], cases: list[Case]) -> Iterator[list[dict[str, Any]]]:
-    """Rows of method, speeds, and their ratios to bfloat16 and to affine at 4 bits: those there are, and one more."""
-    kinds: list[tuple[str, int, Callable[[], nn.Module], tuple[int, int] | None]] = [
-        ("mlx-lm bfloat16", 16, lambda: random_float(config), None),
-        ("mlx-lm affine", 4, lambda: random_affine(config, 4), None),
-        *(("turboquant", b, lambda b=b: random_turboquant(config, b), None) for b in bits),
-        ("turboquant, cache at 8/4 bits", bits[0], lambda: random_turboquant(config, bits[0]), (8, 4)),
-    ]
-    rows: list[dict[str, Any]] = []
-    for method, width, make, cache_bits in kinds:
-        model = make()
-        for case in cases:
-            mx.reset_peak_memory()
-            metal_kernels.reset_paths()
-            read, made = speeds(model, case, cache_bits)
-            row = {"context": case.context, "method": method, "bits": width, "prompt_tokens_per_s": read,
-                   "generation_tokens_per_s": made, "peak_gb": mx.get_peak_memory() / 1e9,
-                   "kernel_path": metal_kernels.kernel_path()}  # fmt: skip
-            bases = [base for base in rows if base["context"] == case.context][:2]
-            for name, base in zip(("bfloat16", "affine"), bases, strict=False):
-                row[f"generation_times_{name}"] = made / base["generation_tokens_per_s"]
-                row[f"prompt_times_{name}"] = read / base["prompt_tokens_per_s"]
-            rows.append(row)
-            print(f"  {row}", flush=True)
-            yield rows
-        del model
-        gc.collect()
-        mx.clear_cache()
+    made = sum(1 for _ in steps) / (time.perf_counter() - read)
+    return Turn(case.prompt / (read - began), made, mx.get_peak_memory() - others, metal_kernels.kernel_path())
 
 
 def main() -> None:
@@ -164,11 +189,11 @@ def main() -> None:
     contexts = " ".join(map(str, args.context))
     command = f"python -m benchmarks.big_model --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
     command += f" --context {contexts}"
-    cases = [Case(context, args.prompt, args.tokens) for context in args.context]
+    everyone = contenders(config, args.bits)
     rows: list[dict[str, Any]] = []
-    for rows in measure(config, args.bits, cases):
-        save("big_model", command, rows)
-    report("big_model", command, rows)
+    for context in args.context:
+        rows += measure(everyone, Case(context, args.prompt, args.tokens))
+        report("big_model", command, rows)
 
 
 if __name__ == "__main__":

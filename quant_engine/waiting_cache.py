@@ -5,7 +5,7 @@ A cache that was lent to the kernels so is of its own kind again as soon as anyo
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -145,12 +145,17 @@ def _growth(held: int) -> int:
     return STEP * max(1, -(-held // (SHARE * STEP)))
 
 
+def _is_lent(cache: Any) -> TypeGuard[Waiting]:
+    """As isinstance, which takes longer to ask an abstract class; every layer is asked for every token."""
+    return type(cache) in _OWN
+
+
 def can_be_lent(cache: Any, heads: Heads, batch: int, dtype: mx.Dtype) -> bool:
     """Whether a cache holds tokens of such heads, all of them in one way that the kernels take.
 
     One that was lent for others, or lost tokens since, is of its own kind again.
     """
-    if isinstance(cache, Waiting):
+    if _is_lent(cache):
         if cache.suits(heads, batch, dtype):
             return True
         cache.end()
@@ -164,15 +169,15 @@ def can_be_lent(cache: Any, heads: Heads, batch: int, dtype: mx.Dtype) -> bool:
 
 def same_length(caches: Sequence[Any]) -> bool:
     """Whether all caches have equally many tokens, and as many of them wait."""
-    waiting = {cache.waits if isinstance(cache, Waiting) else 0 for cache in caches}
+    waiting = {cache.waits if _is_lent(cache) else 0 for cache in caches}
     return len({cache.offset for cache in caches}) == len(waiting) == 1
 
 
 def lend(cache: Any, heads: Heads, dtype: mx.Dtype) -> Waiting:
     """The same cache, lent, with room for one token more to wait; see `can_be_lent`."""
-    if isinstance(cache, Waiting) and cache.waits == WAITING:
+    if _is_lent(cache) and cache.waits == WAITING:
         cache.end()
-    if not isinstance(cache, Waiting):
+    if not _is_lent(cache):
         cache.__class__ = _LENT[type(cache)]
         cache.begin(heads, dtype)
     return cache

@@ -92,12 +92,12 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
 
 def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int, gpu: Gpu) -> mx.array:
     """Rows x (n, width), each for `times` of the pairs, turned by the threadgroups that multiply them."""
-    walk = turned_product.walk_of(weight, -(-turned_product.THREADGROUPS // chosen.size))
+    walk = turned_product.walk_of(weight, gpu, chosen.size)
     constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [x, weight.codes, weight.scales, weight.fixed, chosen]
     out, groups = ((chosen.size, weight.rows), x.dtype), (walk.groups, chosen.size)
-    return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight), constants)[0]
+    return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight, gpu), constants)[0]
 
 
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:

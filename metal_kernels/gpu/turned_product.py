@@ -21,14 +21,16 @@ TURNED_PRODUCT = Kernel(
 )
 
 PLAIN, NORMED = 0, 2
-MOST_WORK = 150_000
+MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
 AT_ONCE = (32, 16, 8)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
-THREADGROUPS = 264
-"""Two for each of an H100's multiprocessors. What they cannot take at once they take in turns."""
+LIGHT = 50_000
+"""Such additions up to which CUDA takes threadgroups of 8 simdgroups; of 16, half as many turn the rows."""
+RESIDENT = 2112
+"""Simdgroups that run at once: 16 for each of an H100's multiprocessors. Tiles beyond those come in turns."""
 TURN_COST = 2
 """What the end of a turn costs, in blocks of a simdgroup."""
 
@@ -50,9 +52,8 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
     parts = _parts(dtype)
     if n * parts > COLUMNS or not hadamard.fits(weight.block):
         return False
-    layout = _layout(weight)
-    light = weight.width * (8 + layout.odd) <= MOST_WORK
-    return light and layout.nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1]) <= MEMORY[gpu]
+    nbytes = _layout(weight, gpu).nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1])
+    return _work(weight) <= MOST_WORK[gpu] and nbytes <= MEMORY[gpu]
 
 
 def gates_fit(weight: TileWeight) -> bool:
@@ -76,7 +77,7 @@ def turned_product(
     norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
     returned.
     """
-    walk = walk_of(weight, THREADGROUPS, gates)
+    walk = walk_of(weight, gpu, gates=gates)
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
     more |= {"ADDED": added is not None, "FIRST": first} | walk.constants
     n = first or len(x)
@@ -86,17 +87,17 @@ def turned_product(
     ]  # fmt: skip
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(n, x.dtype, weight, gpu) | more
-    return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight), settings)[0]
+    return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight, gpu), settings)[0]
 
 
-def threads_of(weight: TileWeight) -> int:
+def threads_of(weight: TileWeight, gpu: Dialect) -> int:
     """Threads of a threadgroup."""
-    return SIMD * _layout(weight).simdgroups
+    return SIMD * _layout(weight, gpu).simdgroups
 
 
 def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
     """The compile-time values of turning n rows and of products with them."""
-    layout, parts = _layout(weight), _parts(dtype)
+    layout, parts = _layout(weight, gpu), _parts(dtype)
     rows = _capacity(n) * parts
     at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= MEMORY[gpu])
     return {
@@ -118,20 +119,19 @@ class Walk:
     @property
     def constants(self) -> dict[str, int | bool | mx.Dtype]:
         """The compile-time values of walking so."""
-        return {"SLICES": self.slices, "TEAMS": self.teams, "STEP": self.groups * self.teams}
+        return {"SLICES": self.slices, "TEAMS": self.teams, "THREADGROUPS": self.groups}
 
 
-def walk_of(weight: TileWeight, groups: int, gates: bool = False) -> Walk:
-    """The walk over a weight's tiles, or pairs of them, by at most `groups` threadgroups that should be done first."""
+def walk_of(weight: TileWeight, gpu: Dialect, walkers: int = 1, gates: bool = False) -> Walk:
+    """The walk over a weight's tiles, or pairs of them, that should be done first where `walkers` go at once."""
     tiles, each = (weight.tiles // 2, 2) if gates else (weight.tiles, 1)
-    simdgroups, blocks = _layout(weight).simdgroups, weight.codes.shape[1]
+    simdgroups, blocks = _layout(weight, gpu).simdgroups, weight.codes.shape[1]
+    groups = min(tiles, max(1, RESIDENT // simdgroups // walkers))
     walks: list[tuple[int, Walk]] = []
-    for slices in (8, 4, 2):
-        teams = simdgroups // slices
-        if teams > 0:
+    for slices in (16, 8, 4, 2):
+        if teams := simdgroups // slices:
             turns = -(-tiles // (groups * teams))
-            cost = turns * (each * -(-blocks // slices) + TURN_COST)
-            walks.append((cost, Walk(-(-tiles // (turns * teams)), teams, slices)))
+            walks.append((turns * (each * -(-blocks // slices) + TURN_COST), Walk(groups, teams, slices)))
     return min(walks, key=lambda walk: walk[0])[1]
 
 
@@ -162,12 +162,19 @@ class _Layout:
         return 2 * rows * (padded + 32) + 4 * floats
 
 
-def _layout(weight: TileWeight) -> _Layout:
+def _layout(weight: TileWeight, gpu: Dialect) -> _Layout:
     odd, power = factors(weight.block)
-    simdgroups = 8 if weight.codes.shape[1] >= 8 else 4
+    simdgroups = 16 if gpu == "cuda" and _work(weight) > LIGHT else 8
+    if weight.codes.shape[1] < 8:
+        simdgroups //= 2
     if weight.block == 1:
         power = min(weight.width & -weight.width, hadamard.MOST_THREADS)
     return _Layout(odd, power, simdgroups)
+
+
+def _work(weight: TileWeight) -> int:
+    """Additions of a row's rotation, about."""
+    return weight.width * (8 + factors(weight.block)[0])
 
 
 def _parts(dtype: mx.Dtype) -> int:

@@ -78,12 +78,13 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
   barrier();
 }
 
-// TEAMS tiles at a time times the rows that are ready, each tile by SLICES simdgroups: those of threadgroup `group`, and every
-// STEP-th after them. PAIRED: the first half of the tiles are gates of the second, and gate(first, second) is the result.
-template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, bool PAIRED, int STEP,
-          int PADDED, typename T>
+// TEAMS tiles at a time times the rows that are ready, each tile by SLICES simdgroups: tile `group`, and every THREADGROUPS-th
+// after it. PAIRED: the first half of the tiles are gates of the second, and gate(first, second) is the result.
+template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, bool PAIRED,
+          int THREADGROUPS, int PADDED, typename T>
 struct TileWalk {
   CONSTANT uint BLOCKS = PADDED / COLUMNS_OF_BLOCK, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
+  CONSTANT uint STEP = THREADGROUPS * TEAMS;
   Block<BITS, GROUP> next;
   Table values;
   Device<const uint> codes;
@@ -92,9 +93,9 @@ struct TileWalk {
 
   TileWalk(Device<const uint> all_codes, Device<const half> all_scales, Device<const uint> table, uint tiles, uint group,
            uint index)
-      : next(all_codes, all_scales, group * TEAMS + index / (32 * SLICES), BLOCKS, index / 32 % SLICES, index % 32),
+      : next(all_codes, all_scales, group + index / (32 * SLICES) * THREADGROUPS, BLOCKS, index / 32 % SLICES, index % 32),
         values(load_table(table)), codes(all_codes), scales(all_scales), end(tiles / EACH),
-        tile(group * TEAMS + index / (32 * SLICES)), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
+        tile(group + index / (32 * SLICES) * THREADGROUPS), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
         lane(index % 32) {
     if (slice < BLOCKS && tile < end) {
       next.load();
@@ -129,7 +130,7 @@ struct TileWalk {
   void multiply(const thread Ready<PADDED>& ready, Shared<float> partial, const thread RESULT& result, uint columns) {
     RowsOfLane<COLUMNS, NVIDIA, Shared<half>> x(ready.halves, Ready<PADDED>::STRIDE, 0, columns, lane);
     Shared<float> mine = partial + team * EACH * PARTIAL;
-    for (; tile - team < end; tile += STEP) {
+    for (; tile - team * THREADGROUPS < end; tile += STEP) {
       if (tile < end) {
         add_up(x, mine);
       }

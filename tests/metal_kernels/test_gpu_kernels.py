@@ -142,8 +142,8 @@ CHOICES = {
 def test_products_with_experts_equal_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, most_work: int
 ) -> None:
-    monkeypatch.setattr(turned_product, "MOST_WORK", most_work)
-    monkeypatch.setattr(turned_product, "THREADGROUPS", 4)
+    monkeypatch.setitem(turned_product.MOST_WORK, gpu, most_work)
+    monkeypatch.setattr(turned_product, "RESIDENT", 32)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
     monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
     turn = mx.array(signs(WIDTH, 3))

@@ -53,7 +53,7 @@ def test_every_kind_of_weight(tmp_path: Path, dtype: mx.Dtype, n: int, gpu: turn
 def test_every_kind_of_rotation_and_several_tiles_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, block: int | None
 ) -> None:
-    monkeypatch.setattr(turned_product, "THREADGROUPS", 1)
+    monkeypatch.setattr(turned_product, "RESIDENT", 1)
     weight, values = weight_of(3, 32, width, block)
     x = activations(2, width, mx.bfloat16)
     assert turned_product.fits(2, x.dtype, weight, "metal")
