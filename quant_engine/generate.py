@@ -18,7 +18,7 @@ import metal_kernels
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
-from quant_engine.kv_cache import convert_cache_to_turboquant
+from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
 from quant_engine.prompt import check_context, prompt_tokens
 from quant_engine.sampling import Sampling
 
@@ -144,6 +144,9 @@ def make_cache(model: nn.Module, config: CacheConfig | None) -> list[Any]:
 def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any]) -> None:
     """Fill a cache with tokens, without the output projection where the model lets it be left out."""
     forward = adapter.backbone(model) or model
+    for layer in cache:
+        if isinstance(layer, TurboQuantKVCache):
+            layer.reserve(len(tokens))
     for start in range(0, len(tokens), _PROMPT_STEP):
         forward(mx.array(tokens[start : start + _PROMPT_STEP])[None], cache=cache)
         mx.eval([c.state for c in cache])

@@ -67,10 +67,10 @@ class _Side:
         for buffer, part in zip(self.store, new, strict=True):
             buffer[:, :, at:end] = part
 
-    def append_rows(self, x: Array, at: int) -> tuple[NDArray[Any], ...]:
+    def append_rows(self, x: Array, at: int, step: int) -> tuple[NDArray[Any], ...]:
         """As `append`, of an array of NumPy; returns codes and scales, those of earlier tokens too."""
         new = metal_kernels.pack_cache_rows(x, self._code_for(x.shape[-1]))
-        self._in_place = stored(self._in_place, self.store or (None, None), new, at, STEP)
+        self._in_place = stored(self._in_place, self.store or (None, None), new, at, step)
         self.store = cast(_Pair, self._in_place.arrays)
         return self._in_place.rows
 
@@ -124,6 +124,7 @@ class TurboQuantKVCache:
         self._keys = _Side(self.config.k_bits, self.config.group_size, self.config.seed)
         self._values = _Side(self.config.v_bits, self.config.group_size, self.config.seed)
         self._packed = 0
+        self._expected = 0
         self._sinks: _Pair | None = None
         self._recent: _Pair | None = None
         self._dtype = mx.float32
@@ -148,10 +149,17 @@ class TurboQuantKVCache:
         if _tokens(new):
             self._settle(*new)
 
-    def _settle(self, keys: mx.array, values: mx.array, step: int = STEP) -> None:
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens at once when the next come, instead of copying what is held as it grows."""
+        self._expected = self.offset + tokens
+
+    def _growth(self) -> int:
+        return STEP * max(1, -(-(self._expected - self._packed) // STEP))
+
+    def _settle(self, keys: mx.array, values: mx.array, step: int | None = None) -> None:
         """Pack tokens; where there is no room for them, it grows by `step`."""
-        self._keys.append(keys, self._packed, step)
-        self._values.append(values, self._packed, step)
+        for side, x in ((self._keys, keys), (self._values, values)):
+            side.append(x, self._packed, step or self._growth())
         self._packed += keys.shape[2]
 
     def _all(self) -> _Pair:
@@ -190,7 +198,8 @@ class TurboQuantKVCache:
         if self.config.sink_tokens or self.config.recent_tokens:
             return None
         self._dtype = mx.float32
-        held = self._keys.append_rows(keys, self._packed), self._values.append_rows(values, self._packed)
+        at, step = self._packed, self._growth()
+        held = self._keys.append_rows(keys, at, step), self._values.append_rows(values, at, step)
         self._packed += keys.shape[2]
         self.offset = self._packed
         assert self._keys.code is not None and self._values.code is not None

@@ -19,8 +19,8 @@ FEW, FEW_QUERIES = 4096, 8
 SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 16 * SIMDGROUPS
-THREADGROUPS = 528
-"""Four for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
+THREADGROUPS = 264
+"""Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
 ATTEND = Kernel(
     name="turboquant_attention",
@@ -196,15 +196,15 @@ def attend_parts(
         "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
         "T": queries.dtype,
     }  # fmt: skip
-    parts = parts_of(room, tiles, TOKENS_AT_ONCE)
+    parts = parts_of(room, THREADGROUPS // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
     return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
 
 
-def parts_of(room: int, tiles: int, tokens: int) -> int:
-    """How many parts a context of `room` has, each a multiple of `tokens`, where a part takes `tiles` threadgroups."""
-    chunk = -(-max(room, 1) // max(1, THREADGROUPS // tiles))
+def parts_of(room: int, most: int, tokens: int) -> int:
+    """How many parts a context of `room` has, each a multiple of `tokens`, at most `most` of them, or one."""
+    chunk = -(-max(room, 1) // max(1, most))
     return -(-max(room, 1) // (-(-chunk // tokens) * tokens))
 
 

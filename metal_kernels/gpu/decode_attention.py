@@ -22,6 +22,8 @@ SIMDGROUPS = 8
 """Of a threadgroup."""
 VALUES = 512
 """Of all heads of queries that a threadgroup takes at most: what its registers are enough for."""
+THREADGROUPS = 528
+"""Four for each of an H100's multiprocessors, which parts of a context keep busy."""
 ALONE, PART = 512, 256
 """Room for tokens that one threadgroup takes alone, and tokens of a part of more, or a multiple."""
 
@@ -114,7 +116,7 @@ def decode_attention(stacked: mx.array, turns: mx.array, cache: Plain, state: mx
     kept, keys, values = cache
     batch, _, room, size = keys.shape
     tiles, constants = _tiles(batch, stacked.dtype, heads)
-    parts = 1 if room <= ALONE else parts_of(room, tiles, PART)
+    parts = 1 if room <= ALONE else parts_of(room, THREADGROUPS // tiles, PART)
     inputs, threads = [*_inputs(stacked, turns, kept, state, heads), keys, values], SIMD * SIMDGROUPS
     if parts == 1:
         return ALL.launch(inputs, [(kept.shape, kept.dtype)], (1, tiles), threads, constants)[0]

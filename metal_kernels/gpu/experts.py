@@ -72,38 +72,40 @@ def _compiled(recipe: Recipe, gpu: Gpu) -> Callable[..., mx.array]:
 
 def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
     """Every row and its expert by itself."""
-    times = indices.shape[-1] if x.shape[:-1] == (*indices.shape[:-1], 1, 1) else 1
-    if times == 1:
+    times, shape = 1, (*indices.shape, x.shape[-2], weight.rows)
+    if x.shape[:-1] == (*indices.shape[:-1], 1, 1):
+        times, chosen = indices.shape[-1], indices.astype(mx.uint32)
+    else:
         x, chosen = _all_rows(x, indices)
-    else:
-        chosen = indices
-    x = x.reshape(-1, weight.width)
     if turned_product.fits(1, x.dtype, weight, gpu):
-        y = _turned_pairs(x, weight, _flat(chosen), times, gpu)
-    else:
-        ready = hadamard.prepare(x, weight.fixed, weight.block)
-        one = Activations(ready.halves, ready.scales, 1, ready.parts)
-        constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
-        inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.fixed, _flat(chosen)]
-        out, groups = ((chosen.size, weight.rows), x.dtype), (weight.tiles, chosen.size)
-        y = PAIRS.launch(inputs, [out], groups, SIMD * matvec.slices_of(weight), constants)[0]
-    return y.reshape(*indices.shape, -1, weight.rows)
+        return _turned_pairs(x, weight, chosen, times, shape, gpu)
+    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
+    one = Activations(ready.halves, ready.scales, 1, ready.parts)
+    constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
+    inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.fixed, chosen]
+    groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight)
+    return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]
 
 
-def _turned_pairs(x: mx.array, weight: TileWeight, chosen: mx.array, times: int, gpu: Gpu) -> mx.array:
-    """Rows x (n, width), each for `times` of the pairs, turned by the threadgroups that multiply them."""
+def _turned_pairs(
+    x: mx.array, weight: TileWeight, chosen: mx.array, times: int, shape: tuple[int, ...], gpu: Gpu
+) -> mx.array:
+    """Rows of x, each for `times` of the pairs, turned by the threadgroups that multiply them.
+
+    Arrays keep their shapes, of which the kernel knows enough: MLX takes time for every change.
+    """
     walk = turned_product.walk_of(weight, gpu, chosen.size)
     constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [x, weight.codes, weight.scales, weight.fixed, chosen]
-    out, groups = ((chosen.size, weight.rows), x.dtype), (walk.groups, chosen.size)
+    out, groups = (shape, x.dtype), (walk.groups, chosen.size)
     return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight, gpu), constants)[0]
 
 
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
     """Rows of one expert at a time."""
     x, chosen = _all_rows(x, indices)
-    ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
+    ready = hadamard.prepare(x, weight.fixed, weight.block)
     if chosen.size >= MATRIX_ROWS * weight.experts:
         kernel, shape = MATMUL, matmul.SHAPES[gpu]
         constants = matmul.constants(weight, ready, shape, gpu, x.dtype)
@@ -113,7 +115,7 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         constants = matvec.constants(weight, ready, gpu, x.dtype)
         columns, threads, step = matvec.COLUMNS, SIMD * matvec.slices_of(weight), 1
         constants["COLUMNS"] = columns
-    counts = (_flat(chosen)[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
+    counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
     inputs = [ready.halves, ready.scales, weight.codes, weight.scales, weight.fixed, first_rows, first_blocks]
     blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
@@ -123,14 +125,10 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
 
 
 def _all_rows(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
-    """x (n, width) and the expert of each of its rows."""
+    """x (n, width) and the expert (n,) of each of its rows, uint32."""
     rows, width = x.shape[-2:]
     chosen = indices if rows == 1 else mx.repeat(indices[..., None], rows, axis=-1)
-    return mx.broadcast_to(x, (*indices.shape, rows, width)).reshape(-1, width), chosen
-
-
-def _flat(indices: mx.array) -> mx.array:
-    return indices.reshape(-1).astype(mx.uint32)
+    return mx.broadcast_to(x, (*indices.shape, rows, width)).reshape(-1, width), chosen.reshape(-1).astype(mx.uint32)
 
 
 def _starts(counts: mx.array) -> mx.array:

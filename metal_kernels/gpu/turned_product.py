@@ -23,7 +23,7 @@ TURNED_PRODUCT = Kernel(
 PLAIN, NORMED = 0, 2
 MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
-AT_ONCE = (32, 16, 8)
+AT_ONCE = (32, 16, 8, 4)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
@@ -157,7 +157,7 @@ class _Layout:
         """Bytes of threadgroup memory for `rows` rows of halves; what a gap takes is at most an eighth."""
         turning = SIMD * self.simdgroups * min(at_once, self.values) * 9 // 8
         floats = (
-            max(turning, 2 * self.simdgroups * TILE_ROWS * COLUMNS) + self.odd**2 + COLUMNS + 4 * self.simdgroups + 8
+            max(turning, 2 * self.simdgroups * TILE_ROWS * rows) + self.odd**2 + COLUMNS + 4 * self.simdgroups + 8
         )
         return 2 * rows * (padded + 32) + 4 * floats
 

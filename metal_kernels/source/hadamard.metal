@@ -132,6 +132,7 @@ struct Turn {
   using Part = Run<POWER, THREADS>;
   CONSTANT int SIZE = ODD * POWER, EACH = Part::EACH, VECTOR = Part::VECTOR, VECTORS = EACH / VECTOR;
   CONSTANT bool MOVED = TRANSFORM && THREADS > 32, PAIRS = EACH > 1;
+  CONSTANT uint SHARES = POWER < THREADS ? THREADS / POWER : 1;
   Part runs[ODD];
   float weights[KIND == NORMED ? ODD : 1][KIND == NORMED ? VECTORS : 1][VECTOR];
   uint flips[ODD][VECTORS];
@@ -217,18 +218,16 @@ struct Turn {
     return value;
   }
 
-  // Writes all values, the first at column `start` of `target`.
+  // Writes all values, the first at column `start` of `target`. Threads that have the same values share them out.
   template <typename TARGET>
   void write(const thread TARGET& target, Shared<uint4> matrix, uint start, uint index) const {
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
-    for (int b = 0; b < ODD; b++) {
+    for (uint b = index / POWER; b < uint(ODD); b += SHARES) {
       UNROLL
       for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
         float one = value(matrix, b, i), two = PAIRS ? value(matrix, b, i + PAIRS) : 0.0f;
-        if (owns(index)) {
-          uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
-          target.template write<PAIRS>(column, one, two);
-        }
+        uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
+        target.template write<PAIRS>(column, one, two);
       }
     }
   }
