@@ -9,10 +9,11 @@ embeddings in full precision, affine, as `mlx_lm.convert -q`, does not.
 """
 
 import argparse
+import gc
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +37,7 @@ from quant_engine.rotation import choose_block
 EIGHT_B = LARGE | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "vocab_size": 128256,
 }  # fmt: skip
-ROUNDS = 5
+ROUNDS = 3
 DTYPE = mx.bfloat16
 
 
@@ -60,11 +61,11 @@ def random_affine(config: dict[str, Any], bits: int) -> nn.Module:
     return model
 
 
-def random_turboquant(config: dict[str, Any], bits: int, folded: bool = False) -> nn.Module:
-    """The same as a conversion with the default recipe gives it, with random codes; folded: with --fold-rotation."""
+def random_turboquant(config: dict[str, Any], bits: int) -> nn.Module:
+    """The same as a conversion with the default recipe gives it, with random codes."""
     model = adapter.build(config)
     modules = {
-        path: ModuleEntry(bits, 64, _block(path, layer.weight.shape[1], folded), layer.weight.shape)
+        path: ModuleEntry(bits, 64, choose_block(layer.weight.shape[1], "auto"), layer.weight.shape)
         for path, layer in adapter.linear_modules(model).items()
     }
     tensors = {f"{path}.{name}": _random(dtype, shape)
@@ -80,11 +81,6 @@ def random_turboquant(config: dict[str, Any], bits: int, folded: bool = False) -
     adapter.route(model)
     mx.eval(model.parameters())
     return model
-
-
-def _block(path: str, width: int, folded: bool) -> int:
-    """Of the rotation at run time: what reads the residual stream has none where that is rotated already."""
-    return 1 if folded and not path.endswith(("o_proj", "down_proj")) else choose_block(width, "auto")
 
 
 def _random(dtype: str, shape: tuple[int, ...]) -> mx.array:
@@ -104,25 +100,34 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, and how many bits of keys and values it caches, if it compresses them."""
+    """A model, the bytes that it takes, and how many bits of keys and values it caches, if it compresses them."""
 
     method: str
     bits: int
     model: nn.Module
+    nbytes: int
     cache_bits: tuple[int, int] | None = None
 
 
 def contenders(config: dict[str, Any], all_bits: Sequence[int]) -> list[Contender]:
     """Who takes turns; the first two are what the others are compared with."""
-    ours = {bits: random_turboquant(config, bits) for bits in all_bits}
-    first = all_bits[0]
-    return [
-        Contender("mlx-lm bfloat16", 16, random_float(config)),
-        Contender("mlx-lm affine", 4, random_affine(config, 4)),
-        *(Contender("turboquant", bits, model) for bits, model in ours.items()),
-        Contender("turboquant, rotation folded", first, random_turboquant(config, first, folded=True)),
-        Contender("turboquant, cache at 8/4 bits", first, ours[first], (8, 4)),
+    kinds: list[tuple[str, int, Callable[[], nn.Module]]] = [
+        ("mlx-lm bfloat16", 16, lambda: random_float(config)),
+        ("mlx-lm affine", 4, lambda: random_affine(config, 4)),
+        *(("turboquant", bits, lambda bits=bits: random_turboquant(config, bits)) for bits in all_bits),
     ]
+    made: list[Contender] = []
+    for method, bits, make in kinds:
+        before = _held_bytes()
+        model = make()
+        made.append(Contender(method, bits, model, _held_bytes() - before))
+    return [*made, replace(made[2], method="turboquant, cache at 8/4 bits", cache_bits=(8, 4))]
+
+
+def _held_bytes() -> int:
+    gc.collect()
+    mx.clear_cache()
+    return mx.get_active_memory()
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,7 @@ def measure(everyone: Sequence[Contender], case: Case) -> list[dict[str, Any]]:
 
 
 def _turn(contender: Contender, case: Case) -> Turn:
-    model = contender.model
-    mx.clear_cache()
-    others = mx.get_active_memory() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    model, others = contender.model, _held_bytes() - contender.nbytes
     mx.reset_peak_memory()
     metal_kernels.reset_paths()
     cache: list[Any] = make_prompt_cache(model)
