@@ -198,7 +198,9 @@ class TurboQuantKVCache:
         if self.config.sink_tokens or self.config.recent_tokens:
             return None
         self._dtype = mx.float32
-        at, step = self._packed, self._growth()
+        at, step = self._packed, STEP
+        if self._expected > at:
+            step *= -(-self._expected // STEP)
         held = self._keys.append_rows(keys, at, step), self._values.append_rows(values, at, step)
         self._packed += keys.shape[2]
         self.offset = self._packed
