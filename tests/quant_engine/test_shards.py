@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,13 @@ def assert_same(made: Path, local: Path, **options: Any) -> None:
 
 def held(place: Path) -> dict[str, int]:
     """Bytes of fetched weights beside an output, and of those that were deleted and are still open."""
-    there = [path for path in place.glob(f".out.*/{DOWNLOADS}/*.safetensors")]
-    links = [path for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
-    open_still = [path for path in links if os.readlink(path).startswith(str(place)) and "deleted" in os.readlink(path)]
-    return {str(path): path.stat().st_size for path in [*there, *open_still]}
+    found: dict[str, int] = {}
+    for path in [*place.glob(f".out.*/{DOWNLOADS}/*.safetensors"), *Path("/proc/self/fd").glob("*")]:
+        with suppress(FileNotFoundError):  # other threads close and delete files meanwhile
+            target = os.readlink(path) if path.is_symlink() else ""
+            if not target or (target.startswith(str(place)) and "deleted" in target):
+                found[str(path)] = path.stat().st_size
+    return found
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -> None:
