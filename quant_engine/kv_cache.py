@@ -156,10 +156,11 @@ class TurboQuantKVCache:
     def _growth(self) -> int:
         return STEP * max(1, -(-(self._expected - self._packed) // STEP))
 
-    def _settle(self, keys: mx.array, values: mx.array, step: int | None = None) -> None:
-        """Pack tokens; where there is no room for them, it grows by `step`."""
-        for side, x in ((self._keys, keys), (self._values, values)):
-            side.append(x, self._packed, step or self._growth())
+    def _settle(self, keys: mx.array, values: mx.array) -> None:
+        """Pack tokens."""
+        step = self._growth()
+        self._keys.append(keys, self._packed, step)
+        self._values.append(values, self._packed, step)
         self._packed += keys.shape[2]
 
     def _all(self) -> _Pair:
@@ -198,9 +199,7 @@ class TurboQuantKVCache:
         if self.config.sink_tokens or self.config.recent_tokens:
             return None
         self._dtype = mx.float32
-        at, step = self._packed, STEP
-        if self._expected > at:
-            step *= -(-self._expected // STEP)
+        at, step = self._packed, self._growth()
         held = self._keys.append_rows(keys, at, step), self._values.append_rows(values, at, step)
         self._packed += keys.shape[2]
         self.offset = self._packed

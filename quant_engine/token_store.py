@@ -54,7 +54,7 @@ def stored(
     """
     end = at + new[0].shape[2]
     if store is None or not store.has(held, at, end):
-        store = TokenStore.made(held, new, at, -(-end // step) * step)
+        store = TokenStore.made(held, new, at, at - (at - end) // step * step)
     store.write(new)
     return store
 

@@ -101,7 +101,8 @@ class WaitingTurboQuantKVCache(Waiting, TurboQuantKVCache):
 
     def settle(self, keys: mx.array, values: mx.array, held: int) -> None:
         """As of `Waiting`."""
-        self._settle(keys, values, _growth(held))
+        self._expected = held + _growth(held)
+        self._settle(keys, values)
 
     def fits(self, heads: Heads, batch: int) -> bool:
         """Whether a cache holds packed tokens of such heads, and is to hold no others."""
