@@ -93,48 +93,52 @@ def _code(words: Any, bit: Any, mask: Any) -> Any:
     return code & mask
 
 
+@njit(cache=True, inline="always")
+def _place(field: Any, bits: Any) -> Any:
+    """The word of a field and the bit that it begins at; word `bits` for one that has a bit of every word."""
+    half, per_half = field // 2, 16 // bits
+    word = half // per_half
+    return word, np.uint32(16 * (field % 2) + (bits * (half % per_half) if word < bits else 15))
+
+
 @njit(cache=True, parallel=True, nogil=True)
 def _to_lanes(packed: Any, codes: Any, width: Any) -> None:
     blocks, bits, lanes = codes.shape[1:]
-    mask, per_word = np.uint32((1 << bits) - 1), 32 // bits
+    mask = np.uint32((1 << bits) - 1)
     for row in prange(packed.shape[0]):
         words = packed[row]
         for block in range(blocks):
             out = codes[row, block]
             for field in range(FIELDS):
                 first = (block * FIELDS + field) * lanes
-                word, shift = field // per_word, np.uint32(bits * (field % per_word))
+                word, shift = _place(field, bits)
                 for lane in range(min(lanes, width - first)):
                     code = _code(words, (first + lane) * bits, mask)
-                    if bits == 3 and field == 30:
-                        out[0, lane] |= (code & np.uint32(3)) << np.uint32(30)
-                        out[1, lane] |= (code >> np.uint32(2)) << np.uint32(30)
-                    elif bits == 3 and field == 31:
-                        out[1, lane] |= (code & np.uint32(1)) << np.uint32(31)
-                        out[2, lane] |= (code >> np.uint32(1)) << np.uint32(30)
-                    else:
+                    if word < bits:
                         out[word, lane] |= code << shift
+                    else:
+                        for bit in range(bits):
+                            out[bit, lane] |= ((code >> np.uint32(bit)) & np.uint32(1)) << shift
 
 
 @njit(cache=True, parallel=True, nogil=True)
 def _from_lanes(codes: Any, packed: Any, width: Any) -> None:
     blocks, bits, lanes = codes.shape[1:]
-    mask, per_word = np.uint32((1 << bits) - 1), 32 // bits
+    mask = np.uint32((1 << bits) - 1)
     for row in prange(packed.shape[0]):
         words = packed[row]
         for block in range(blocks):
             held = codes[row, block]
             for field in range(FIELDS):
                 first = (block * FIELDS + field) * lanes
-                word, shift = field // per_word, np.uint32(bits * (field % per_word))
+                word, shift = _place(field, bits)
                 for lane in range(min(lanes, width - first)):
-                    if bits == 3 and field == 30:
-                        middle = held[1, lane] >> np.uint32(30)
-                        code = (held[0, lane] >> np.uint32(30)) | ((middle & np.uint32(1)) << np.uint32(2))
-                    elif bits == 3 and field == 31:
-                        code = (held[1, lane] >> np.uint32(31)) | ((held[2, lane] >> np.uint32(30)) << np.uint32(1))
-                    else:
+                    code = np.uint32(0)
+                    if word < bits:
                         code = (held[word, lane] >> shift) & mask
+                    else:
+                        for bit in range(bits):
+                            code |= ((held[bit, lane] >> shift) & np.uint32(1)) << np.uint32(bit)
                     bit = (first + lane) * bits
                     words[bit >> 5] |= code << np.uint32(bit & 31)
                     if (bit & 31) + bits > 32:

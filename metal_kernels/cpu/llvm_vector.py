@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 I16, I32, I64, F16, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+CACHE_LINE = 64
 SCALAR, AVX2, AVX512 = 0, 1, 2
 """How a table is looked up: a lane at a time on any processor, or by x86's permutes of 8 or 16 lanes."""
 
@@ -51,6 +52,26 @@ def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) -
 def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     """Store a float32 or a vector of them at an integer address."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
+    """Ask for the cache lines of `size` bytes from an integer address on; it may lie beyond any array."""
+    pointer = I16.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i16")
+    for offset in range(0, size, CACHE_LINE):
+        builder.call(ask, [builder.inttoptr(builder.add(address, I64(offset)), pointer), I32(0), I32(3), I32(1)])
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
+    while lanes > 1:
+        lanes //= 2
+        mask_low = ir.Constant(vector_of(I32, lanes), list(range(lanes)))
+        mask_high = ir.Constant(vector_of(I32, lanes), list(range(lanes, 2 * lanes)))
+        vector = builder.fadd(
+            builder.shuffle_vector(vector, vector, mask_low), builder.shuffle_vector(vector, vector, mask_high)
+        )
+    return builder.extract_element(vector, I32(0))
 
 
 def look_up(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int, lookup: int) -> ir.Value:

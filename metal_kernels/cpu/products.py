@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from metal_kernels.cpu import integer_product
 from metal_kernels.cpu.lanes import FIELDS, LEAST_ROWS, LaneWeight, lanes_for, padded_width
 from metal_kernels.cpu.llvm_vector import available_lookups
 from metal_kernels.cpu.vector import decode_packed, dot_dense, dot_packed
@@ -22,8 +23,11 @@ DENSE_KINDS = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.floa
 def packed_product(x: Rows, weight: LaneWeight, lookup: int | None = None) -> Rows:
     """x (n, weight.padded), rotated, times the transposed packed weight: (n, rows).
 
-    lookup is one of `vector.available_lookups`, the fastest by default.
+    lookup is one of `available_lookups`, the fastest by default; one row goes in integers where the processor can,
+    if no other way is asked for.
     """
+    if x.shape[0] == 1 and lookup is None and integer_product.fits(weight):
+        return integer_product.integer_product(x, weight)
     n, way = x.shape[0], available_lookups()[-1] if lookup is None else lookup
     if n > FEW_ROWS:
         return _tiled(x, weight.rows, weight.padded, partial(_decode_packed, weight, way))

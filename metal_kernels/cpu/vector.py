@@ -2,11 +2,13 @@
 
 Weights lie in lane blocks: a row is cut into blocks of 32 * LANES values, and a block of b-bit codes is b vectors
 of LANES 32-bit words. Field f of lane l holds the value at position f * LANES + l of the block, so that the
-activations that meet a field are one contiguous load. Fields 0 to 29 of 3-bit codes lie ten to a word from bit 0;
-fields 30 and 31 are made of the two bits that each of the three words has left.
+activations that meet a field are one contiguous load. Even fields lie in the lower halves of words, odd ones in the
+upper, from their lowest bit on, as many as go: 16-bit lanes hold whole codes too. Of 3 bits that is five fields a
+half, and the last two fields are made of the bit that each half of the three words has left.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -25,8 +27,10 @@ from metal_kernels.cpu.llvm_vector import (
     load,
     load_table,
     look_up,
+    prefetch,
     splat,
     store,
+    sum_lanes,
     vector_of,
 )  # fmt: skip
 
@@ -35,29 +39,24 @@ KINDS = {0: I16, 1: F16, 2: F32}
 """Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
 
 
-CACHE_LINE = 64
-
-
-def _prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
-    """Ask for the cache lines of `size` bytes from an integer address on; it may lie beyond any array."""
-    pointer = I16.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i16")
-    for offset in range(0, size, CACHE_LINE):
-        builder.call(ask, [builder.inttoptr(builder.add(address, I64(offset)), pointer), I32(0), I32(3), I32(1)])
-
-
 def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) -> Iterator[ir.Value]:
     """Index vectors of the 32 fields, right in their low `bits` bits only."""
-    per_word = 32 // bits
-    for field in range(per_word * bits):
-        word, place = words[field // per_word], field % per_word
-        yield builder.lshr(word, constant(bits * place, lanes)) if place else word
-    if bits == 3:
-        top = [builder.lshr(word, constant(30, lanes)) for word in words]
-        one, two = constant(1, lanes), constant(2, lanes)
-        yield builder.or_(builder.and_(top[0], constant(3, lanes)), builder.shl(builder.and_(top[1], one), two))
-        yield builder.or_(builder.lshr(top[1], one), builder.shl(top[2], one))
+    per_half = 16 // bits
+    for field in range(2 * per_half * bits):
+        word, shift = words[field // 2 // per_half], 16 * (field % 2) + bits * (field // 2 % per_half)
+        yield builder.lshr(word, constant(shift, lanes)) if shift else word
+    for top in (15, 31) if bits == 3 else ():
+        yield gathered(builder, words, top, lanes, constant)
+
+
+def gathered(
+    builder: ir.IRBuilder, words: list[ir.Value], top: int, lanes: int, number: Callable[[int, int], ir.Value]
+) -> ir.Value:
+    """The code whose bit i is bit `top` of word i."""
+    parts = [
+        builder.and_(builder.lshr(word, number(top - i, lanes)), number(1 << i, lanes)) for i, word in enumerate(words)
+    ]
+    return functools.reduce(builder.or_, parts)
 
 
 def _packed_values(
@@ -91,17 +90,6 @@ def _half_scales(builder: ir.IRBuilder, address: ir.Value, count: int) -> ir.Val
 def _spread(builder: ir.IRBuilder, vector: ir.Value, index: int, lanes: int) -> ir.Value:
     """One element of a vector in every lane."""
     return builder.shuffle_vector(vector, vector, ir.Constant(vector_of(I32, lanes), [index] * lanes))
-
-
-def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
-    while lanes > 1:
-        lanes //= 2
-        mask_low = ir.Constant(vector_of(I32, lanes), list(range(lanes)))
-        mask_high = ir.Constant(vector_of(I32, lanes), list(range(lanes, 2 * lanes)))
-        vector = builder.fadd(
-            builder.shuffle_vector(vector, vector, mask_low), builder.shuffle_vector(vector, vector, mask_high)
-        )
-    return builder.extract_element(vector, I32(0))
 
 
 @intrinsic(prefer_literal=True)
@@ -148,7 +136,7 @@ def dot_packed(
             s_block = builder.add(s, builder.mul(loop.index, I64(scale_bytes)))
             ahead = builder.add(w_block, builder.mul(w_stride, I64(n_rows)))
             for r in range(n_rows):  # the next rows: hardware does not foresee short rows that are read side by side
-                _prefetch(builder, builder.add(ahead, builder.mul(w_stride, I64(r))), block_bytes)
+                prefetch(builder, builder.add(ahead, builder.mul(w_stride, I64(r))), block_bytes)
             streams = [
                 _packed_values(
                     builder, builder.add(w_block, builder.mul(w_stride, I64(r))), lookup_table, n_bits, n_lanes, way
@@ -180,7 +168,7 @@ def dot_packed(
                         builder.store(sums[r][c], totals[r][c])
         for r in range(n_rows):
             for c in range(n_columns):
-                dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
+                dot = sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
                 if not fields:
                     place = builder.add(s, builder.mul(s_stride, I64(r)))
                     dot = builder.fmul(dot, builder.fpext(load(builder, place, F16, 0), F32))
@@ -276,7 +264,7 @@ def dot_dense(
                     builder.store(sums[r][c], totals[r][c])
         for r in range(n_rows):
             for c in range(n_columns):
-                dot = _sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
+                dot = sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
                 place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
                 store(builder, dot, place)
         return context.get_dummy_value()
