@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from metal_kernels import reference
 from metal_kernels.cpu.arrays import rows_float32, view
 from metal_kernels.cpu.hadamard import rotate_rows
-from metal_kernels.cpu.lanes import LaneWeight, arrange, restore
+from metal_kernels.cpu.lanes import LaneWeight, arrange, in_lane_order, restore
 from metal_kernels.cpu.products import affine_product, dense_product, packed_product, pad_dense
 from metal_kernels.dispatch import active_backend, has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
@@ -124,9 +124,9 @@ class PackedWeight:
         return self._tiles
 
     def prepare(self, rows: Rows) -> Rows:
-        """On a CPU: rows (n, width) of activations, rotated and padded, as `product` takes them."""
+        """On a CPU: rows (n, width) of activations, rotated, padded and in lane order, as `product` takes them."""
         assert self._lanes is not None
-        return rotate_rows(rows, self._signs, self.block, self._lanes.padded)
+        return in_lane_order(rotate_rows(rows, self._signs, self.block, self._lanes.padded), self._lanes.lanes)
 
     def product(self, prepared: Rows) -> Rows:
         """On a CPU: (n, out) of what `prepare` returned."""

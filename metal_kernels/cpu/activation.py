@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from metal_kernels.cpu.exponential import exp_in_place
 
-CHUNK = 4096
+CHUNK = 8192
 
 
 def swiglu(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,18 +1,17 @@
-"""The product of one vector in 16-bit integers: where processors have 512-bit registers of 16-bit lanes (AVX512BW).
+"""The product of one vector in 16-bit integers, on processors with 512-bit registers of 16-bit lanes (AVX512VNNI).
 
 A register then holds 32 codes instead of 16, so that shifts and look-ups, which share one of the processor's ports,
-are half as many. Activations are rounded to 15 bits of the largest of 64 (32 where scales are of 32), tables to 14
-bits, and four products add up without overflow: 4 * 2^14 * (2^15 - 1) < 2^31.
+are half as many. Tables are rounded to 13 bits; activations so that the 32 products of a lane add up in 32 bits.
 """
 
 from collections.abc import Iterator
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, njit, prange
+from numba import njit, prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -28,42 +27,45 @@ from metal_kernels.cpu.llvm_vector import (
     literals,
     load,
     prefetch,
-    splat,
     store,
     sum_lanes,
     vector_of,
 )  # fmt: skip
-from metal_kernels.cpu.vector import gathered
+from metal_kernels.cpu.vector import block_scales, gathered
 
 LANES = 16
 WIDE = vector_of(I16, 2 * LANES)
 AT_ONCE = 4
 """Weight rows that share loads of activations."""
-TABLE_MOST, INPUT_MOST = 16384, 32767
+AHEAD = 2
+"""So many times as many rows ahead, codes are asked for: hardware does not foresee rows that are read side by side."""
+TABLE_MOST, INPUT_MOST = 2**13, 2**15 - 1
+SUM_MOST = 2**31 / TABLE_MOST - 2 * FIELDS
+"""A lane's activations add up to no more, by magnitude, with room for their rounding."""
 LEAST = 2.0**-100
-"""Groups of smaller activations count as zeros."""
+"""Lanes of smaller activations count as zeros."""
 
 
 @cache
-def _has_16_bit_lanes() -> bool:
-    return bool(llvm.get_host_cpu_features().get("avx512bw"))
+def _has_instructions() -> bool:
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx512bw", "avx512vnni"))
 
 
 def fits(weight: LaneWeight) -> bool:
     """Whether this processor can multiply such a weight in 16-bit integers."""
-    return _has_16_bit_lanes() and weight.lanes == LANES and weight.per_scale != 1
+    return _has_instructions() and weight.lanes == LANES
 
 
 def integer_product(x: NDArray[np.float32], weight: LaneWeight) -> NDArray[np.float32]:
-    """x (1, weight.padded), rotated, times the transposed packed weight that `fits`: (1, rows).
+    """x (1, weight.padded), rotated and `in_lane_order`, times the transposed packed weight that `fits`: (1, rows).
 
-    A group of activations that holds an infinity or NaN makes all results NaN.
+    An infinity or NaN in x makes all results NaN.
     """
     out = np.empty((1, weight.codes.shape[0]), np.float32)
-    fields = min(weight.per_scale or FIELDS, 4)
-    kernel = _kernel(weight.bits, weight.per_scale, fields)
+    kernel = _kernel(weight.bits, weight.per_scale)
     table, one = integer_table(weight.table.tobytes())
-    kernel(weight.codes, weight.scales, table, one, x.reshape(-1), out.reshape(-1), get_num_threads())
+    kernel(weight.codes, weight.scales, table, one, x.reshape(-1, FIELDS, LANES), out.reshape(-1))
     return out[:, : weight.rows]
 
 
@@ -82,64 +84,65 @@ def integer_table(table: bytes) -> tuple[NDArray[np.int16], np.float32]:
 
 
 @cache
-def _kernel(bits: int, per_scale: int, fields: int) -> Any:
-    blocks_of = LANES * fields
-
+def _kernel(bits: int, per_scale: int) -> Any:
     @njit(parallel=True, cache=True, nogil=True)
-    def kernel(codes: Any, scales: Any, table: Any, one: Any, x: Any, out: Any, parts: Any) -> None:
-        integers, units = np.empty(x.shape[0] // 2, np.int32), np.empty(x.shape[0] // blocks_of, np.float32)
-        _integer_input(x, one, integers, units)
-        runs = (out.shape[0] + AT_ONCE - 1) // AT_ONCE
-        for part in prange(parts):
-            factors = np.empty((AT_ONCE, units.shape[0]), np.float32)
-            for i in range(part * runs // parts, (part + 1) * runs // parts):
-                row = min(i * AT_ONCE, out.shape[0] - AT_ONCE)
-                dot_integers(
-                    codes.ctypes.data + row * codes.strides[0],
-                    codes.strides[0],
-                    scales.ctypes.data + row * scales.strides[0],
-                    scales.strides[0],
-                    table.ctypes.data,
-                    integers.ctypes.data,
-                    units.ctypes.data,
-                    factors.ctypes.data,
-                    out.ctypes.data + row * 4,
-                    codes.shape[1],
-                    bits,
-                    per_scale,
-                    fields,
-                )
+    def kernel(codes: Any, scales: Any, table: Any, one: Any, x: Any, out: Any) -> None:
+        integers = np.empty((x.shape[0], FIELDS // 2, LANES), np.int32)
+        units = np.empty((x.shape[0], LANES), np.float32)
+        _round_input(x, one, integers, units)
+        rows = out.shape[0]
+        for i in prange((rows + AT_ONCE - 1) // AT_ONCE):
+            row = min(i * AT_ONCE, rows - AT_ONCE)
+            dot_integers(
+                codes.ctypes.data + row * codes.strides[0],
+                codes.strides[0],
+                scales.ctypes.data + row * scales.strides[0],
+                scales.strides[0],
+                table.ctypes.data,
+                integers.ctypes.data,
+                units.ctypes.data,
+                out.ctypes.data + row * 4,
+                codes.shape[1],
+                bits,
+                per_scale,
+            )
 
     return kernel
 
 
 @njit(cache=True, nogil=True)
-def _integer_input(x: Any, one: Any, integers: Any, units: Any) -> None:
-    """Activations as pairs of int16, a field's and the next's, and what 1 in each group, times `one`, is worth."""
-    group = x.shape[0] // units.shape[0]
-    bits = x.view(np.int32)
-    for g in range(units.shape[0]):
-        most_bits = np.int32(0)
-        for i in range(g * group, (g + 1) * group):
-            most_bits = max(most_bits, bits[i] & np.int32(0x7FFFFFFF))
-        units.view(np.int32)[g] = most_bits
-        most, factor = units[g], np.float32(0.0)
-        if LEAST <= most < np.inf:
-            factor = np.float32(INPUT_MOST) / most
-        units[g] = most / np.float32(INPUT_MOST) * one if most < np.inf else np.nan
-        for start in range(g * group, (g + 1) * group, 2 * LANES):
+def _round_input(x: Any, one: Any, integers: Any, units: Any) -> None:
+    """Activations (blocks, fields, lanes) as pairs of int16 (blocks, fields / 2, lanes), even fields in the lower half.
+
+    units (blocks, lanes) is what 1 of each lane, times `one`, is worth.
+    """
+    factors = np.empty(LANES, np.float32)
+    for block in range(x.shape[0]):
+        most, total = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+        for field in range(FIELDS):
             for lane in range(LANES):
-                low = np.int32(np.rint(x[start + lane] * factor))
-                high = np.int32(np.rint(x[start + LANES + lane] * factor))
-                integers[start // 2 + lane] = (low & np.int32(0xFFFF)) | (high << np.int32(16))
+                size = abs(x[block, field, lane])
+                total[lane] += size
+                most[lane] = max(most[lane], size)
+        for lane in range(LANES):
+            unit = max(most[lane] / np.float32(INPUT_MOST), total[lane] / np.float32(SUM_MOST))
+            some = LEAST <= total[lane] < np.inf
+            factors[lane] = np.float32(1.0) / unit if some else np.float32(0.0)
+            units[block, lane] = unit * one + (total[lane] - total[lane])
+        for pair in range(FIELDS // 2):
+            for lane in range(LANES):
+                low = np.int32(np.rint(x[block, 2 * pair, lane] * factors[lane]))
+                high = np.int32(np.rint(x[block, 2 * pair + 1, lane] * factors[lane]))
+                integers[block, pair, lane] = (low & np.int32(0xFFFF)) | (high << np.int32(16))
 
 
 def _constant(value: int, lanes: int) -> ir.Value:
     return ir.Constant(vector_of(I16, lanes), [value] * lanes)
 
 
-def _values(builder: ir.IRBuilder, words: list[ir.Value], table: ir.Value, bits: int) -> Iterator[ir.Value]:
+def _row_values(builder: ir.IRBuilder, address: ir.Value, table: ir.Value, bits: int) -> Iterator[ir.Value]:
     """The 16 pairs of fields of a block, looked up."""
+    words = [load(builder, address, WIDE, 4 * LANES * i) for i in range(bits)]
     kind, per_word = ir.FunctionType(WIDE, [WIDE, WIDE]), 16 // bits
     permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
     for pair in range(per_word * bits):
@@ -150,27 +153,11 @@ def _values(builder: ir.IRBuilder, words: list[ir.Value], table: ir.Value, bits:
         yield builder.call(permute, [table, gathered(builder, words, 15, 32, _constant)])
 
 
-def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Sums of two products in int32; LLVM makes one instruction of this and an addition where there is one."""
-    kind = ir.FunctionType(vector_of(I32, LANES), [WIDE, WIDE])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pmaddw.d.512"), [a, b])
-
-
-def _write_factors(
-    builder: ir.IRBuilder, scales: ir.Value, units: ir.Value, factors: ir.Value, blocks: ir.Value, per: tuple[int, int]
-) -> None:
-    """factors = scales * units; `per` is fields to a scale and to a unit."""
-    scale_count, count = (FIELDS // fields for fields in per)
-    order = ir.Constant(vector_of(I32, count), [i * scale_count // count for i in range(count)])
-    with cgutils.for_range(builder, blocks, intp=I64) as loop:
-        half = load(
-            builder, builder.add(scales, builder.mul(loop.index, I64(2 * scale_count))), vector_of(F16, scale_count), 0
-        )
-        single = builder.fpext(half, vector_of(F32, scale_count))
-        at = builder.mul(loop.index, I64(4 * count))
-        unit = load(builder, builder.add(units, at), vector_of(F32, count), 0)
-        spread = builder.shuffle_vector(single, single, order)
-        store(builder, builder.fmul(spread, unit), builder.add(factors, at))
+def _add_products(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """sums (16 int32) plus the products of each pair of int16; as assembly, since LLVM makes two instructions of it."""
+    llvm.initialize_native_asmparser()
+    kind = ir.FunctionType(sums.type, [sums.type, WIDE, WIDE])
+    return builder.call(ir.InlineAsm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v"), [sums, a, b])
 
 
 @intrinsic(prefer_literal=True)
@@ -183,62 +170,55 @@ def dot_integers(
     table: Any,
     x: Any,
     units: Any,
-    factors: Any,
     out: Any,
     blocks: Any,
     bits: Any,
     per_scale: Any,
-    fields: Any,
 ) -> Any:
-    """out[r] = sum of table[code[r]] * x * scale[r] * unit for AT_ONCE rows, one unit to `fields` (2 or 4) fields.
+    """out[r] = sum of table[code[r]] * x * scale[r] * unit for AT_ONCE rows; x and units as of `_round_input`.
 
-    Addresses and strides are in bytes; bits, per_scale (as in `LaneWeight`) and fields are literals. `factors` has
-    room for a float32 for every unit of every row.
+    Addresses and strides are in bytes; bits and per_scale, as in `LaneWeight`, are literals.
     """
-    literal = literals(bits, per_scale, fields)
+    literal = literals(bits, per_scale)
     if literal is None:
         return None
-    n_bits, n_per_scale, n_fields = literal
+    n_bits, per = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        w, w_stride, s, s_stride, t, xs, us, fs, o, n = args[:10]
-        units = FIELDS // n_fields
-        scale_at = [builder.add(s, builder.mul(s_stride, I64(r))) for r in range(AT_ONCE)]
-        factor_at = [us] * AT_ONCE
-        if n_per_scale:
-            f_stride = builder.mul(n, I64(4 * units))
-            factor_at = [builder.add(fs, builder.mul(f_stride, I64(r))) for r in range(AT_ONCE)]
-            for place, target in zip(scale_at, factor_at, strict=True):
-                _write_factors(builder, place, us, target, n, (n_per_scale, n_fields))
+        w, w_stride, s, s_stride, t, xs, us, o, n = args[:9]
         entries = load(builder, t, WIDE, 0)
         zero = ir.Constant(vector_of(F32, LANES), [0.0] * LANES)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(AT_ONCE)]
-        block_bytes = 4 * LANES * n_bits
+        ahead = builder.mul(w_stride, I64(AHEAD * AT_ONCE))
         with cgutils.for_range(builder, n, intp=I64) as loop:
             x_block = builder.add(xs, builder.mul(loop.index, I64(2 * LANES * FIELDS)))
-            f_offset = builder.mul(loop.index, I64(4 * units))
-            w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
-            rows = [builder.add(w_block, builder.mul(w_stride, I64(r))) for r in range(AT_ONCE)]
-            ahead = builder.mul(w_stride, I64(AT_ONCE))
+            unit = load(builder, builder.add(us, builder.mul(loop.index, I64(4 * LANES))), vector_of(F32, LANES), 0)
+            w_block = builder.add(w, builder.mul(loop.index, I64(4 * LANES * n_bits)))
             streams: list[Iterator[ir.Value]] = []
-            for row in rows:
-                prefetch(builder, builder.add(row, ahead), block_bytes)
-                words = [load(builder, row, WIDE, 4 * LANES * i) for i in range(n_bits)]
-                streams.append(_values(builder, words, entries, n_bits))
-            for unit in range(units):
-                pairs = range(unit * n_fields // 2, (unit + 1) * n_fields // 2)
-                inputs = [load(builder, x_block, WIDE, 4 * LANES * pair) for pair in pairs]
+            for r in range(AT_ONCE):
+                row = builder.add(w_block, builder.mul(w_stride, I64(r)))
+                prefetch(builder, builder.add(row, ahead), 4 * LANES * n_bits)
+                streams.append(_row_values(builder, row, entries, n_bits))
+            sums = [ir.Constant(vector_of(I32, LANES), [0] * LANES)] * AT_ONCE
+            for pair in range(FIELDS // 2):
+                inputs = load(builder, x_block, WIDE, 4 * LANES * pair)
                 for r in range(AT_ONCE):
-                    products = [_multiply_pairs(builder, next(streams[r]), each) for each in inputs]
-                    whole = builder.sitofp(reduce(builder.add, products), vector_of(F32, LANES))
-                    factor = load(builder, builder.add(factor_at[r], f_offset), F32, 4 * unit)
-                    total = builder.load(totals[r])
-                    builder.store(fma(builder, whole, splat(builder, factor, LANES), total), totals[r])
+                    sums[r] = _add_products(builder, sums[r], next(streams[r]), inputs)
+            for r in range(AT_ONCE):
+                factor = unit
+                if per:
+                    place = builder.add(
+                        builder.add(s, builder.mul(s_stride, I64(r))), builder.mul(loop.index, I64(2 * (LANES // per)))
+                    )
+                    factor = builder.fmul(unit, block_scales(builder, place, per, LANES))
+                whole = builder.sitofp(sums[r], vector_of(F32, LANES))
+                builder.store(fma(builder, whole, factor, builder.load(totals[r])), totals[r])
         for r in range(AT_ONCE):
             dot = sum_lanes(builder, builder.load(totals[r]), LANES)
-            if not n_per_scale:
-                dot = builder.fmul(dot, builder.fpext(load(builder, scale_at[r], F16, 0), F32))
+            if not per:
+                place = builder.add(s, builder.mul(s_stride, I64(r)))
+                dot = builder.fmul(dot, builder.fpext(load(builder, place, F16, 0), F32))
             store(builder, dot, builder.add(o, I64(4 * r)))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 10, bits, per_scale, fields), codegen
+    return types.void(*[types.intp] * 9, bits, per_scale), codegen

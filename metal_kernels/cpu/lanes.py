@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from metal_kernels.layout import bits_of
 
 FIELDS = 32
+FEW_VALUES = 2**14
+"""Up to these a second thread takes longer to begin than to help."""
 LEAST_ROWS = 4
 """Rows that the product kernels take at a time; smaller matrices are padded to it."""
 
@@ -30,7 +32,7 @@ class LaneWeight:
     """A packed matrix in lane blocks.
 
     codes uint32 (rows, blocks, bits, lanes); scales uint16, the bits of float16, (rows, groups) padded with zeros;
-    table float32 (16,), the codebook repeated; per_scale: fields that share a scale, 0 for one scale a row.
+    table float32 (16,), the codebook repeated; per_scale: lanes that share a scale, 0 for one scale a row.
     `rows` and `width` are those of the matrix, without padding.
     """
 
@@ -44,7 +46,7 @@ class LaneWeight:
 
     @property
     def lanes(self) -> int:
-        """Values that a field holds side by side."""
+        """Runs of 32 values that lie side by side."""
         return self.codes.shape[3]
 
     @property
@@ -66,9 +68,8 @@ def arrange(packed: NDArray[np.uint32], scales: NDArray[np.float16], codebook: t
     codes = np.zeros((max(rows, LEAST_ROWS), blocks, bits, lanes), np.uint32)
     _to_lanes(np.ascontiguousarray(packed), codes, width)
     n_groups = scales.shape[1]
-    group = width // n_groups
-    per_scale = 0 if n_groups == 1 else group // lanes
-    padded_groups = blocks * FIELDS // per_scale if per_scale else 1
+    per_scale = 0 if n_groups == 1 else width // n_groups // FIELDS
+    padded_groups = blocks * lanes // per_scale if per_scale else 1
     halves = np.zeros((codes.shape[0], padded_groups), np.uint16)
     halves[:rows, :n_groups] = scales.view(np.uint16)
     table = np.tile(np.array(codebook, np.float32), 16 // len(codebook))
@@ -79,8 +80,32 @@ def restore(weight: LaneWeight) -> tuple[NDArray[np.uint32], NDArray[np.float16]
     """The canonical packed codes and scales that `arrange` was given."""
     packed = np.zeros((weight.rows, weight.width * weight.bits // 32), np.uint32)
     _from_lanes(weight.codes, packed, weight.width)
-    group = weight.per_scale * weight.lanes or weight.width
+    group = weight.per_scale * FIELDS or weight.width
     return packed, np.ascontiguousarray(weight.scales[: weight.rows, : weight.width // group]).view(np.float16)
+
+
+def in_lane_order(x: NDArray[np.float32], lanes: int) -> NDArray[np.float32]:
+    """Activations (n, width), in whole blocks, in the order of `LaneWeight`'s fields and lanes."""
+    out = np.empty_like(x)
+    reorder = _reorder_few if x.size <= FEW_VALUES else _reorder_many
+    reorder(x.reshape(-1, lanes, FIELDS), out.reshape(-1, FIELDS, lanes))
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _reorder_few(x: Any, out: Any) -> None:
+    for block in range(x.shape[0]):
+        for lane in range(x.shape[1]):
+            for field in range(FIELDS):
+                out[block, field, lane] = x[block, lane, field]
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _reorder_many(x: Any, out: Any) -> None:
+    for block in prange(x.shape[0]):
+        for lane in range(x.shape[1]):
+            for field in range(FIELDS):
+                out[block, field, lane] = x[block, lane, field]
 
 
 @njit(cache=True, inline="always")
@@ -109,11 +134,11 @@ def _to_lanes(packed: Any, codes: Any, width: Any) -> None:
         words = packed[row]
         for block in range(blocks):
             out = codes[row, block]
-            for field in range(FIELDS):
-                first = (block * FIELDS + field) * lanes
-                word, shift = _place(field, bits)
-                for lane in range(min(lanes, width - first)):
-                    code = _code(words, (first + lane) * bits, mask)
+            for lane in range(lanes):
+                first = (block * lanes + lane) * FIELDS
+                for field in range(min(FIELDS, width - first)):
+                    word, shift = _place(field, bits)
+                    code = _code(words, (first + field) * bits, mask)
                     if word < bits:
                         out[word, lane] |= code << shift
                     else:
@@ -129,17 +154,17 @@ def _from_lanes(codes: Any, packed: Any, width: Any) -> None:
         words = packed[row]
         for block in range(blocks):
             held = codes[row, block]
-            for field in range(FIELDS):
-                first = (block * FIELDS + field) * lanes
-                word, shift = _place(field, bits)
-                for lane in range(min(lanes, width - first)):
+            for lane in range(lanes):
+                first = (block * lanes + lane) * FIELDS
+                for field in range(min(FIELDS, width - first)):
+                    word, shift = _place(field, bits)
                     code = np.uint32(0)
                     if word < bits:
                         code = (held[word, lane] >> shift) & mask
                     else:
                         for bit in range(bits):
                             code |= ((held[bit, lane] >> shift) & np.uint32(1)) << np.uint32(bit)
-                    bit = (first + lane) * bits
+                    bit = (first + field) * bits
                     words[bit >> 5] |= code << np.uint32(bit & 31)
                     if (bit & 31) + bits > 32:
                         words[(bit >> 5) + 1] |= code >> np.uint32(32 - (bit & 31))

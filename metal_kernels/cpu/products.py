@@ -21,7 +21,7 @@ DENSE_KINDS = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.floa
 
 
 def packed_product(x: Rows, weight: LaneWeight, lookup: int | None = None) -> Rows:
-    """x (n, weight.padded), rotated, times the transposed packed weight: (n, rows).
+    """x (n, weight.padded), rotated and `in_lane_order`, times the transposed packed weight: (n, rows).
 
     lookup is one of `available_lookups`, the fastest by default; one row goes in integers where the processor can,
     if no other way is asked for.

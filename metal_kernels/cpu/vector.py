@@ -1,10 +1,11 @@
 """LLVM vector code that numba's auto-vectoriser does not find: table look-up in registers, packed fields.
 
-Weights lie in lane blocks: a row is cut into blocks of 32 * LANES values, and a block of b-bit codes is b vectors
-of LANES 32-bit words. Field f of lane l holds the value at position f * LANES + l of the block, so that the
-activations that meet a field are one contiguous load. Even fields lie in the lower halves of words, odd ones in the
-upper, from their lowest bit on, as many as go: 16-bit lanes hold whole codes too. Of 3 bits that is five fields a
-half, and the last two fields are made of the bit that each half of the three words has left.
+Weights lie in lane blocks: a row is cut into blocks of LANES runs of 32 values, and a block of b-bit codes is b
+vectors of LANES 32-bit words. Lane l holds run l, its value f in field f. So a group's values never leave their lanes,
+and a block's scales are one vector; activations are brought into the order of fields and lanes before. Even fields
+lie in the lower halves of words, odd ones in the upper, from their lowest bit on, as many as go: 16-bit lanes hold
+whole codes too. Of 3 bits that is five fields a half, and the last two are made of the bit that each half of the
+three words has left.
 """
 
 import functools
@@ -78,18 +79,13 @@ def _dense_values(builder: ir.IRBuilder, address: ir.Value, kind: int, lanes: in
             yield builder.fpext(raw, vector_of(F32, lanes)) if kind == 1 else raw
 
 
-def _half_scale(builder: ir.IRBuilder, address: ir.Value, index: int, lanes: int) -> ir.Value:
-    return splat(builder, builder.fpext(load(builder, address, F16, 2 * index), F32), lanes)
-
-
-def _half_scales(builder: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
-    """`count` float16 scales, converted all at once."""
-    return builder.fpext(load(builder, address, vector_of(F16, count), 0), vector_of(F32, count))
-
-
-def _spread(builder: ir.IRBuilder, vector: ir.Value, index: int, lanes: int) -> ir.Value:
-    """One element of a vector in every lane."""
-    return builder.shuffle_vector(vector, vector, ir.Constant(vector_of(I32, lanes), [index] * lanes))
+def block_scales(builder: ir.IRBuilder, address: ir.Value, per_scale: int, lanes: int) -> ir.Value:
+    """The float16 scales of a block's lanes as float32, per_scale lanes to each."""
+    count = lanes // per_scale
+    scales = builder.fpext(load(builder, address, vector_of(F16, count), 0), vector_of(F32, count))
+    return builder.shuffle_vector(
+        scales, scales, ir.Constant(vector_of(I32, lanes), [lane // per_scale for lane in range(lanes)])
+    )
 
 
 @intrinsic(prefer_literal=True)
@@ -114,13 +110,13 @@ def dot_packed(
 ) -> Any:
     """out[c, r] = sum of table[code[r]] * scale[r] * x[c] for `rows` weight rows and `columns` activations.
 
-    Addresses and strides are in bytes. bits 2 to 4, per_scale fields to a scale (FIELDS or less; 0: one scale a
-    row, applied at the end), rows, columns, lanes and lookup are literals.
+    Addresses and strides are in bytes. bits 2 to 4, per_scale lanes to a scale (0: one scale a row, applied at the
+    end), rows, columns, lanes and lookup are literals.
     """
     literal = literals(bits, per_scale, rows, columns, lanes, lookup)
     if literal is None:
         return None
-    n_bits, fields, n_rows, n_columns, n_lanes, way = literal
+    n_bits, per, n_rows, n_columns, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
@@ -128,7 +124,7 @@ def dot_packed(
         zero = ir.Constant(vector_of(F32, n_lanes), [0.0] * n_lanes)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes, x_bytes = 4 * n_lanes * n_bits, 4 * n_lanes * FIELDS
-        scale_bytes = 2 * (FIELDS // fields) if fields else 0
+        scale_bytes = 2 * (n_lanes // per) if per else 0
         with cgutils.for_range(builder, n, intp=I64) as loop:
             x_block = builder.add(xs, builder.mul(loop.index, I64(x_bytes)))
             x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
@@ -143,11 +139,8 @@ def dot_packed(
                 )
                 for r in range(n_rows)
             ]
-            sums = [
-                [builder.load(totals[r][c]) if not fields else zero for c in range(n_columns)] for r in range(n_rows)
-            ]
-            places = [builder.add(s_block, builder.mul(s_stride, I64(r))) for r in range(n_rows)]
-            factors = [_half_scales(builder, place, FIELDS // fields) for place in places] if fields else []
+            before = [[builder.load(total) for total in row] for row in totals]
+            sums = [[zero] * n_columns for _ in range(n_rows)] if per else before
             for field in range(FIELDS):
                 inputs = [
                     load(builder, x_at[c], vector_of(F32, n_lanes), 4 * n_lanes * field) for c in range(n_columns)
@@ -155,21 +148,16 @@ def dot_packed(
                 for r in range(n_rows):
                     value = next(streams[r])
                     sums[r] = [fma(builder, value, inputs[c], sums[r][c]) for c in range(n_columns)]
-                if fields and (field + 1) % fields == 0:
-                    for r in range(n_rows):
-                        scale = _spread(builder, factors[r], field // fields, n_lanes)
-                        for c in range(n_columns):
-                            total = builder.load(totals[r][c])
-                            builder.store(fma(builder, sums[r][c], scale, total), totals[r][c])
-                            sums[r][c] = zero
-            if not fields:
-                for r in range(n_rows):
-                    for c in range(n_columns):
-                        builder.store(sums[r][c], totals[r][c])
+            for r in range(n_rows):
+                if per:
+                    scale = block_scales(builder, builder.add(s_block, builder.mul(s_stride, I64(r))), per, n_lanes)
+                    sums[r] = [fma(builder, sums[r][c], scale, before[r][c]) for c in range(n_columns)]
+                for c in range(n_columns):
+                    builder.store(sums[r][c], totals[r][c])
         for r in range(n_rows):
             for c in range(n_columns):
                 dot = sum_lanes(builder, builder.load(totals[r][c]), n_lanes)
-                if not fields:
+                if not per:
                     place = builder.add(s, builder.mul(s_stride, I64(r)))
                     dot = builder.fmul(dot, builder.fpext(load(builder, place, F16, 0), F32))
                 place = builder.add(builder.add(o, I64(4 * r)), builder.mul(o_stride, I64(c)))
@@ -193,23 +181,24 @@ def decode_packed(
     lanes: Any,
     lookup: Any,
 ) -> Any:
-    """Write one row of packed weights as float32 values, scale * table[code]; addresses as in `dot_packed`."""
+    """Write a row of packed weights as float32 values, scale * table[code], in lane order; cp. `dot_packed`."""
     literal = literals(bits, per_scale, lanes, lookup)
     if literal is None:
         return None
-    n_bits, fields, n_lanes, way = literal
+    n_bits, per, n_lanes, way = literal
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, s, t, o, n = args[:5]
         lookup_table = load_table(builder, t, n_lanes)
-        scale = None if fields else _half_scale(builder, s, 0, n_lanes)
+        row_scale = None if per else splat(builder, builder.fpext(load(builder, s, F16, 0), F32), n_lanes)
         with cgutils.for_range(builder, n, intp=I64) as loop:
             out_block = builder.add(o, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
             w_block = builder.add(w, builder.mul(loop.index, I64(4 * n_lanes * n_bits)))
-            s_block = builder.add(s, builder.mul(loop.index, I64(2 * (FIELDS // fields) if fields else 0)))
+            scale = row_scale
+            if scale is None:
+                place = builder.add(s, builder.mul(loop.index, I64(2 * (n_lanes // per))))
+                scale = block_scales(builder, place, per, n_lanes)
             for field, value in enumerate(_packed_values(builder, w_block, lookup_table, n_bits, n_lanes, way)):
-                if fields and field % fields == 0:
-                    scale = _half_scale(builder, s_block, field // fields, n_lanes)
                 place = builder.add(out_block, I64(4 * n_lanes * field))
                 store(builder, builder.fmul(value, scale), place)
         return context.get_dummy_value()

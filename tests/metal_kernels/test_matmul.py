@@ -58,7 +58,7 @@ def test_packed_products_equal_float64(backend: str, bits: int, width: int, grou
     with use_backend(backend):
         y = matmul(x, PackedWeight(*arguments))
     assert y.dtype == mx.float32
-    assert np.abs(np.array(y) - exact).max() < 0.1 * _half_precision_error(np.array(x, dtype=np.float64), values)
+    assert np.abs(np.array(y) - exact).max() < 0.2 * _half_precision_error(np.array(x, dtype=np.float64), values)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 9])
@@ -78,8 +78,9 @@ def test_every_instruction_set_gives_the_same(lookup: int, bits: int, width: int
     weight = lanes.arrange(packed, scales, CODEBOOKS[bits])
     x = rng.normal(size=(9, width)).astype(np.float32)
     values = np.array(dequantize_rotated(mx.array(packed), mx.array(scales), CODEBOOKS[bits]))
-    assert np.allclose(packed_product(x[:1], weight, lookup), x[:1] @ values.T, atol=1e-4)
-    assert np.allclose(packed_product(x, weight, lookup), x @ values.T, atol=1e-4)
+    ordered = lanes.in_lane_order(x, weight.lanes)
+    assert np.allclose(packed_product(ordered[:1], weight, lookup), x[:1] @ values.T, atol=1e-4)
+    assert np.allclose(packed_product(ordered, weight, lookup), x @ values.T, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "width", "group_size"), SHAPES)
