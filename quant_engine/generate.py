@@ -1,17 +1,16 @@
-"""Continuing a prompt: the prompt read without computing logits, then mlx-lm's own stream of tokens."""
+"""Continuing a prompt: the prompt read without computing logits, then tokens one by one."""
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate
+from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 import metal_kernels
@@ -21,6 +20,7 @@ from quant_engine.errors import InputError
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
 from quant_engine.prompt import check_context, prompt_tokens
 from quant_engine.sampling import Sampling
+from quant_engine.token_stream import token_stream
 
 OnText = Callable[[str], None]
 
@@ -54,14 +54,6 @@ class GenerationResult:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
-
-
-class Response(Protocol):
-    """What of mlx-lm's response is used."""
-
-    text: str
-    token: int
-    finish_reason: str | None
 
 
 @dataclass
@@ -163,26 +155,26 @@ def continue_prompt(
 ) -> Continuation:
     """Generate after `tokens`, all but the last of which the cache holds."""
     sampling = sampling or Sampling()
-    responses: Iterator[Response] = stream_generate(
-        model,
-        tokenizer,
-        tokens[-1:],
-        max_tokens=max_tokens,
-        prompt_cache=cache,
-        sampler=sampling.sampler(len(tokenizer)),
-        logits_processors=sampling.processors(tokens[:-1]),
-    )
-    made = Continuation("", [], [], "length")
-    with closing(responses):  # pyright: ignore[reportArgumentType]
-        for response in responses:
+    sample, processors = sampling.sampler(len(tokenizer)), sampling.processors(tokens[:-1])
+    made, detokenizer = Continuation("", [], [], "length"), tokenizer.detokenizer
+
+    def tell() -> None:
+        piece = detokenizer.last_segment
+        made.text += piece
+        if on_text is not None and piece:
+            on_text(piece)
+
+    with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        for token in token_stream(model, tokens[-1], cache, max_tokens, sample, processors):
             made.arrivals.append(time.perf_counter())
-            made.text += response.text
-            if response.finish_reason == "stop":
+            if token in tokenizer.eos_token_ids:
                 made.finish_reason = "stop"
-            else:
-                made.tokens.append(response.token)
-            if on_text is not None and response.text:
-                on_text(response.text)
+                break
+            made.tokens.append(token)
+            detokenizer.add_token(token)
+            tell()
+        detokenizer.finalize()
+        tell()
     return made
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -41,11 +42,14 @@ class Sampling:
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
 
     def sampler(self, vocabulary: int) -> Sampler:
-        """From log-probabilities (1, vocabulary) to a token (1,); seeds the generator with a seed given."""
+        """From logits (1, vocabulary) to a token (1,); seeds the generator with a seed given."""
         if self.seed is not None:
             mx.random.seed(self.seed)
+        if self.temperature == 0:
+            return partial(mx.argmax, axis=-1)
         top_k = self.top_k if self.top_k < vocabulary else 0
-        return make_sampler(temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k)
+        choose = make_sampler(temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k)
+        return lambda logits: choose(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     def processors(self, earlier: Sequence[int]) -> list[LogitsProcessor]:
         """What changes the logits first; `earlier` tokens are those that generation will not see itself."""

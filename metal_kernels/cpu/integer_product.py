@@ -5,7 +5,7 @@ are half as many. Tables are rounded to 13 bits; activations so that the 32 prod
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -23,10 +23,14 @@ from metal_kernels.cpu.llvm_vector import (
     I16,
     I32,
     I64,
+    call,
+    constant,
     fma,
     literals,
     load,
+    numbers,
     prefetch,
+    splat,
     store,
     sum_lanes,
     vector_of,
@@ -89,7 +93,7 @@ def _kernel(bits: int, per_scale: int) -> Any:
     def kernel(codes: Any, scales: Any, table: Any, one: Any, x: Any, out: Any) -> None:
         integers = np.empty((x.shape[0], FIELDS // 2, LANES), np.int32)
         units = np.empty((x.shape[0], LANES), np.float32)
-        _round_input(x, one, integers, units)
+        round_lanes(x.ctypes.data, one, integers.ctypes.data, units.ctypes.data, x.shape[0])
         rows = out.shape[0]
         for i in prange((rows + AT_ONCE - 1) // AT_ONCE):
             row = min(i * AT_ONCE, rows - AT_ONCE)
@@ -110,30 +114,53 @@ def _kernel(bits: int, per_scale: int) -> Any:
     return kernel
 
 
-@njit(cache=True, nogil=True)
-def _round_input(x: Any, one: Any, integers: Any, units: Any) -> None:
-    """Activations (blocks, fields, lanes) as pairs of int16 (blocks, fields / 2, lanes), even fields in the lower half.
+@intrinsic
+def round_lanes(typing: Any, x: Any, one: Any, integers: Any, units: Any, blocks: Any) -> Any:
+    """Activations, float32 (blocks, fields, lanes), as pairs of int16, an even field in the lower half of an int32.
 
-    units (blocks, lanes) is what 1 of each lane, times `one`, is worth.
+    By address: integers (blocks, fields / 2, lanes); units float32 (blocks, lanes): what 1 of a lane, times `one`, is
+    worth, NaN where the lane holds an infinity or NaN.
     """
-    factors = np.empty(LANES, np.float32)
-    for block in range(x.shape[0]):
-        most, total = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-        for field in range(FIELDS):
-            for lane in range(LANES):
-                size = abs(x[block, field, lane])
-                total[lane] += size
-                most[lane] = max(most[lane], size)
-        for lane in range(LANES):
-            unit = max(most[lane] / np.float32(INPUT_MOST), total[lane] / np.float32(SUM_MOST))
-            some = LEAST <= total[lane] < np.inf
-            factors[lane] = np.float32(1.0) / unit if some else np.float32(0.0)
-            units[block, lane] = unit * one + (total[lane] - total[lane])
-        for pair in range(FIELDS // 2):
-            for lane in range(LANES):
-                low = np.int32(np.rint(x[block, 2 * pair, lane] * factors[lane]))
-                high = np.int32(np.rint(x[block, 2 * pair + 1, lane] * factors[lane]))
-                integers[block, pair, lane] = (low & np.int32(0xFFFF)) | (high << np.int32(16))
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        xs, one, target, us, n = args
+        v = vector_of(F32, LANES)
+        number = partial(numbers, lanes=LANES)
+        with cgutils.for_range(builder, n, intp=I64) as loop:
+            place = builder.add(xs, builder.mul(loop.index, I64(4 * LANES * FIELDS)))
+            fields = [load(builder, place, v, 4 * LANES * field) for field in range(FIELDS)]
+            sizes = [call(builder, "llvm.fabs.v16f32", v, field) for field in fields]
+            total = reduce(builder.fadd, sizes)
+            most = reduce(partial(_larger, builder), sizes)
+            unit = _larger(
+                builder, builder.fmul(most, number(1 / INPUT_MOST)), builder.fmul(total, number(1 / SUM_MOST))
+            )
+            usual = builder.and_(
+                builder.fcmp_ordered(">=", total, number(LEAST)), builder.fcmp_ordered("<", total, number(np.inf))
+            )
+            factor = builder.select(usual, builder.fdiv(number(1.0), unit), number(0.0))
+            spoilt = builder.fsub(total, total)  # 0, or NaN
+            worth = builder.fadd(builder.fmul(unit, splat(builder, one, LANES)), spoilt)
+            store(builder, worth, builder.add(us, builder.mul(loop.index, I64(4 * LANES))))
+            out = builder.add(target, builder.mul(loop.index, I64(2 * LANES * FIELDS)))
+            whole = [_whole(builder, builder.fmul(field, factor)) for field in fields]
+            for pair, (low, high) in enumerate(zip(whole[::2], whole[1::2], strict=True)):
+                lower = builder.and_(low, constant(0xFFFF, LANES))
+                upper = builder.shl(high, constant(16, LANES))
+                store(builder, builder.or_(lower, upper), builder.add(out, I64(4 * LANES * pair)))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32, *[types.intp] * 3), codegen
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _whole(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """float32 rounded to int32, of any size and NaN too."""
+    nearest = call(builder, "llvm.rint.v16f32", values.type, values)
+    return call(builder, "llvm.fptosi.sat.v16i32.v16f32", vector_of(I32, LANES), nearest)
 
 
 def _constant(value: int, lanes: int) -> ir.Value:
@@ -143,14 +170,13 @@ def _constant(value: int, lanes: int) -> ir.Value:
 def _row_values(builder: ir.IRBuilder, address: ir.Value, table: ir.Value, bits: int) -> Iterator[ir.Value]:
     """The 16 pairs of fields of a block, looked up."""
     words = [load(builder, address, WIDE, 4 * LANES * i) for i in range(bits)]
-    kind, per_word = ir.FunctionType(WIDE, [WIDE, WIDE]), 16 // bits
-    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
+    permute, per_word = "llvm.x86.avx512.permvar.hi.512", 16 // bits
     for pair in range(per_word * bits):
         word, place = words[pair // per_word], pair % per_word
         index = builder.lshr(word, _constant(bits * place, 32)) if place else word
-        yield builder.call(permute, [table, index])
+        yield call(builder, permute, WIDE, table, index)
     if bits == 3:
-        yield builder.call(permute, [table, gathered(builder, words, 15, 32, _constant)])
+        yield call(builder, permute, WIDE, table, gathered(builder, words, 15, 32, _constant))
 
 
 def _add_products(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -175,7 +201,7 @@ def dot_integers(
     bits: Any,
     per_scale: Any,
 ) -> Any:
-    """out[r] = sum of table[code[r]] * x * scale[r] * unit for AT_ONCE rows; x and units as of `_round_input`.
+    """out[r] = sum of table[code[r]] * x * scale[r] * unit for AT_ONCE rows; x and units as of `round_lanes`.
 
     Addresses and strides are in bytes; bits and per_scale, as in `LaneWeight`, are literals.
     """
@@ -187,7 +213,7 @@ def dot_integers(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, us, o, n = args[:9]
         entries = load(builder, t, WIDE, 0)
-        zero = ir.Constant(vector_of(F32, LANES), [0.0] * LANES)
+        zero = numbers(0.0, LANES)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(AT_ONCE)]
         ahead = builder.mul(w_stride, I64(AHEAD * AT_ONCE))
         with cgutils.for_range(builder, n, intp=I64) as loop:
@@ -199,7 +225,7 @@ def dot_integers(
                 row = builder.add(w_block, builder.mul(w_stride, I64(r)))
                 prefetch(builder, builder.add(row, ahead), 4 * LANES * n_bits)
                 streams.append(_row_values(builder, row, entries, n_bits))
-            sums = [ir.Constant(vector_of(I32, LANES), [0] * LANES)] * AT_ONCE
+            sums: list[ir.Value] = [constant(0, LANES)] * AT_ONCE
             for pair in range(FIELDS // 2):
                 inputs = load(builder, x_block, WIDE, 4 * LANES * pair)
                 for r in range(AT_ONCE):

@@ -36,10 +36,19 @@ def constant(value: int, lanes: int) -> ir.Value:
     return ir.Constant(vector_of(I32, lanes), [value] * lanes)
 
 
+def numbers(value: float, lanes: int) -> ir.Value:
+    """A float32 in every lane."""
+    return ir.Constant(vector_of(F32, lanes), [value] * lanes)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Call one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    v = a.type
-    fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, v, v]), f"llvm.fma.v{v.count}f32")
-    return builder.call(fused, [a, b, c])
+    return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int) -> ir.Value:
@@ -56,11 +65,9 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
     """Ask for the cache lines of `size` bytes from an integer address on; it may lie beyond any array."""
-    pointer = I16.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i16")
     for offset in range(0, size, CACHE_LINE):
-        builder.call(ask, [builder.inttoptr(builder.add(address, I64(offset)), pointer), I32(0), I32(3), I32(1)])
+        pointer = builder.inttoptr(builder.add(address, I64(offset)), I16.as_pointer())
+        call(builder, "llvm.prefetch.p0i16", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
 
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
@@ -77,11 +84,7 @@ def sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
 def look_up(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int, lookup: int) -> ir.Value:
     """table[index mod 16] for each lane; `table` is what `load_table` returns."""
     if lanes == 16 and lookup == AVX512:
-        v = vector_of(F32, 16)
-        permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(v, [v, vector_of(I32, 16)]), "llvm.x86.avx512.permvar.sf.512"
-        )
-        return builder.call(permute, [table[0], index])
+        return call(builder, "llvm.x86.avx512.permvar.sf.512", vector_of(F32, 16), table[0], index)
     if lookup != SCALAR:
         return _look_up_halves(builder, index, table, lanes)
     masked = builder.and_(index, constant(15, lanes))
@@ -95,7 +98,6 @@ def look_up(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes
 def _look_up_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value], lanes: int) -> ir.Value:
     """AVX2: eight-entry permutes of the table's low and high half, chosen by bit 3 of the index."""
     v, vi = vector_of(F32, 8), vector_of(I32, 8)
-    permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(v, [v, vi]), "llvm.x86.avx2.permps")
     parts: list[ir.Value] = []
     for start in range(0, lanes, 8):
         chosen = (
@@ -103,8 +105,7 @@ def _look_up_halves(builder: ir.IRBuilder, index: ir.Value, table: list[ir.Value
             if lanes == 8
             else builder.shuffle_vector(index, index, ir.Constant(vi, list(range(start, start + 8))))
         )
-        low = builder.call(permute, [table[1], chosen])
-        high = builder.call(permute, [table[2], chosen])
+        low, high = (call(builder, "llvm.x86.avx2.permps", v, half, chosen) for half in table[1:])
         bit = builder.icmp_signed("<", builder.shl(chosen, constant(28, 8)), constant(0, 8))
         parts.append(builder.select(bit, high, low))
     if lanes == 8:

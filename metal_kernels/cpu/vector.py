@@ -28,6 +28,7 @@ from metal_kernels.cpu.llvm_vector import (
     load,
     load_table,
     look_up,
+    numbers,
     prefetch,
     splat,
     store,
@@ -121,7 +122,7 @@ def dot_packed(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
         lookup_table = load_table(builder, t, n_lanes)
-        zero = ir.Constant(vector_of(F32, n_lanes), [0.0] * n_lanes)
+        zero = numbers(0.0, n_lanes)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes, x_bytes = 4 * n_lanes * n_bits, 4 * n_lanes * FIELDS
         scale_bytes = 2 * (n_lanes // per) if per else 0
@@ -229,17 +230,17 @@ def dot_dense(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, xs, xs_stride, o, o_stride, n = args[:7]
-        zero = ir.Constant(vector_of(F32, n_lanes), [0.0] * n_lanes)
+        zero = numbers(0.0, n_lanes)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
-        block_bytes = (4 if n_kind == 2 else 2) * n_lanes * FIELDS
+        block_bytes, ahead = (4 if n_kind == 2 else 2) * n_lanes * FIELDS, builder.mul(w_stride, I64(n_rows))
         with cgutils.for_range(builder, n, intp=I64) as loop:
             x_block = builder.add(xs, builder.mul(loop.index, I64(4 * n_lanes * FIELDS)))
             x_at = [builder.add(x_block, builder.mul(xs_stride, I64(c))) for c in range(n_columns)]
             w_block = builder.add(w, builder.mul(loop.index, I64(block_bytes)))
-            streams = [
-                _dense_values(builder, builder.add(w_block, builder.mul(w_stride, I64(r))), n_kind, n_lanes)
-                for r in range(n_rows)
-            ]
+            rows_at = [builder.add(w_block, builder.mul(w_stride, I64(r))) for r in range(n_rows)]
+            for place in rows_at:
+                prefetch(builder, builder.add(place, ahead), block_bytes)
+            streams = [_dense_values(builder, place, n_kind, n_lanes) for place in rows_at]
             sums = [[builder.load(totals[r][c]) for c in range(n_columns)] for r in range(n_rows)]
             for field in range(FIELDS):
                 inputs = [
