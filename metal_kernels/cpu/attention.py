@@ -106,11 +106,24 @@ def _whole(tokens: Tokens) -> Array:
 
 @njit(cache=True, fastmath=MATH, nogil=True)
 def _score(q: Any, k: Any, scale: Any, scores: Any) -> None:
-    """scores (rows, tokens) of queries q (rows, size) and keys k (tokens, size)."""
-    for t in range(k.shape[0]):
-        key = k[t]
-        for r in range(q.shape[0]):
-            query, dot = q[r], np.float32(0.0)
+    """scores (rows, tokens) of queries q (rows, size) and keys k (tokens, size); four rows share a pass over a key."""
+    rows = q.shape[0]
+    for first in range(0, rows - rows % 4, 4):
+        q0, q1, q2, q3 = q[first], q[first + 1], q[first + 2], q[first + 3]
+        for t in range(k.shape[0]):
+            key = k[t]
+            d0 = d1 = d2 = d3 = np.float32(0.0)
+            for d in range(key.shape[0]):
+                d0 += q0[d] * key[d]
+                d1 += q1[d] * key[d]
+                d2 += q2[d] * key[d]
+                d3 += q3[d] * key[d]
+            scores[first, t], scores[first + 1, t] = d0 * scale, d1 * scale
+            scores[first + 2, t], scores[first + 3, t] = d2 * scale, d3 * scale
+    for r in range(rows - rows % 4, rows):
+        query = q[r]
+        for t in range(k.shape[0]):
+            key, dot = k[t], np.float32(0.0)
             for d in range(key.shape[0]):
                 dot += query[d] * key[d]
             scores[r, t] = dot * scale
@@ -146,8 +159,16 @@ def _weigh(scores: Any, first: Any, stops: Any, biased: Any, bias: Any, head: An
 
 @njit(cache=True, fastmath=MATH, nogil=True)
 def _add(v: Any, weights: Any, sums: Any) -> None:
-    """sums (rows, size) plus weights (rows, tokens) times values v (tokens, size)."""
-    for t in range(v.shape[0]):
+    """sums (rows, size) plus weights (rows, tokens) times values v (tokens, size); four tokens share a pass of sums."""
+    tokens = v.shape[0]
+    for t in range(0, tokens - tokens % 4, 4):
+        v0, v1, v2, v3 = v[t], v[t + 1], v[t + 2], v[t + 3]
+        for r in range(weights.shape[0]):
+            w0, w1, w2, w3 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
+            row = sums[r]
+            for d in range(row.shape[0]):
+                row[d] += (w0 * v0[d] + w1 * v1[d]) + (w2 * v2[d] + w3 * v3[d])
+    for t in range(tokens - tokens % 4, tokens):
         value = v[t]
         for r in range(weights.shape[0]):
             weight, row = weights[r, t], sums[r]

@@ -64,10 +64,11 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, size: int) -> None:
-    """Ask for the cache lines of `size` bytes from an integer address on; it may lie beyond any array."""
+    """Ask the second cache for the lines of `size` bytes from an integer address on; it may lie beyond any array."""
+    read, second_cache, data = I32(0), I32(2), I32(1)
     for offset in range(0, size, CACHE_LINE):
         pointer = builder.inttoptr(builder.add(address, I64(offset)), I16.as_pointer())
-        call(builder, "llvm.prefetch.p0i16", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+        call(builder, "llvm.prefetch.p0i16", ir.VoidType(), pointer, read, second_cache, data)
 
 
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
