@@ -118,13 +118,14 @@ def contenders(config: dict[str, Any], all_bits: Sequence[int]) -> list[Contende
     ]
     made: list[Contender] = []
     for method, bits, make in kinds:
-        before = _held_bytes()
+        before = held_bytes()
         model = make()
-        made.append(Contender(method, bits, model, _held_bytes() - before))
+        made.append(Contender(method, bits, model, held_bytes() - before))
     return [*made, replace(made[2], method="turboquant, cache at 8/4 bits", cache_bits=(8, 4))]
 
 
-def _held_bytes() -> int:
+def held_bytes() -> int:
+    """What MLX's arrays take now, with nothing kept for reuse."""
     gc.collect()
     mx.clear_cache()
     return mx.get_active_memory()
@@ -158,7 +159,7 @@ def measure(everyone: Sequence[Contender], case: Case) -> list[dict[str, Any]]:
 
 
 def _turn(contender: Contender, case: Case) -> Turn:
-    model, others = contender.model, _held_bytes() - contender.nbytes
+    model, others = contender.model, held_bytes() - contender.nbytes
     mx.reset_peak_memory()
     metal_kernels.reset_paths()
     cache: list[Any] = make_prompt_cache(model)

@@ -16,6 +16,7 @@ TITLES = {
     "speed": "Whole models",
     "convert": "Converting",
     "big_model": "A Llama of 8.0 billion parameters",
+    "prefill": "Memory of a long prompt",
 }
 DEVICES = {"": "CPU", "-cuda": "NVIDIA", "-metal": "Apple"}
 
