@@ -1,10 +1,12 @@
 """Products of few rows of activations with a weight in tiles."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel, zeros
+from metal_kernels.launch import SIMD, Dialect, Kernel
 
 COLUMNS = 8
 """Rows of halves that share a decoded weight; more take several turns."""
@@ -12,9 +14,11 @@ COLUMNS = 8
 MATVEC = Kernel(
     name="turboquant_matvec",
     sources=("matvec.metal",),
-    inputs=("x", "x_scales", "codes", "scales", "fixed", "added"),
+    inputs=("x", "x_scales", "codes", "fixed", "added"),
     outputs=("out",),
 )
+ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1])
+"""With nothing to add, and one array less, for which MLX takes time."""
 
 
 def slices_of(weight: TileWeight) -> int:
@@ -48,5 +52,6 @@ def matvec(
     """
     values = constants(weight, x, dialect, dtype) | {"ADDED": added is not None}
     groups = (weight.tiles, -(-x.n * x.parts // int(values["COLUMNS"])))  # pyright: ignore[reportArgumentType]
-    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.fixed, zeros(dtype) if added is None else added]
-    return MATVEC.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]
+    kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
+    inputs = [x.halves, x.scales, weight.codes, weight.fixed, *more]
+    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]

@@ -1,5 +1,6 @@
 """Weights laid out for a GPU: built once from the canonical layout; `source/codes.metal` describes the words."""
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
 
-Arrays = tuple[mx.array, mx.array, mx.array]
+Arrays = tuple[mx.array, mx.array]
 Recipe = tuple[int, int, int, int, int, int]
 
 
@@ -24,14 +25,12 @@ Recipe = tuple[int, int, int, int, int, int]
 class TileWeight:
     """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
-    codes uint32 (tiles, blocks, bits, 32 lanes, 4); scales float16 (tiles, blocks, 8, groups of a block, 2), or
-    (tiles, 1, 8, 1, 2) with one scale a row; fixed uint32, see `fixed_words`, with a `decoding_table`. group 0: one
-    scale a row. block: the Hadamard transform's (1: none). The tiles of all experts, `rows` rows each, follow each
-    other.
+    codes uint32 (tiles, blocks, bits, 32 lanes, 4); fixed uint32: `fixed_words` with a `decoding_table`, at the end
+    the `scales`, since MLX takes time for every array of a launch. group 0: one scale a row. block: the Hadamard
+    transform's (1: none). The tiles of all experts, `rows` rows each, follow each other.
     """
 
     codes: mx.array
-    scales: mx.array
     fixed: mx.array
     bits: int
     group: int
@@ -43,12 +42,20 @@ class TileWeight:
     @property
     def arrays(self) -> Arrays:
         """What a compiled product is called with; with `recipe` after it, a TileWeight's own arguments."""
-        return self.codes, self.scales, self.fixed
+        return self.codes, self.fixed
 
     @property
     def recipe(self) -> Recipe:
         """What a product is compiled for."""
         return self.bits, self.group, self.rows, self.width, self.block, self.experts
+
+    @property
+    def scales(self) -> mx.array:
+        """float16 (tiles, blocks, 8, groups of a block, 2), or (tiles, 1, 8, 1, 2) with one scale a row."""
+        tiles, blocks = self.codes.shape[:2]
+        groups = BLOCK_COLUMNS // self.group if self.group else 1
+        shape = tiles, blocks if self.group else 1, 8, groups, 2
+        return self.fixed[-math.prod(shape) // 2 :].view(mx.float16).reshape(shape)
 
     @property
     def tiles(self) -> int:
@@ -125,10 +132,15 @@ def arrange(
         mx.eval(parts[-1])
     codes = mx.contiguous(mx.concatenate(parts))
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
-    tiled = mx.contiguous(_tile_scales(scales, group, codes.shape[1]))
-    mx.eval(codes, tiled)
-    fixed = fixed_words(decoding_table(codebook), signs, block, width)
-    return TileWeight(codes, tiled, fixed, bits, group, rows, width, block)
+    tiled = _tile_scales(scales, group, codes.shape[1])
+    fixed = with_scales(fixed_words(decoding_table(codebook), signs, block, width), tiled)
+    mx.eval(codes, fixed)
+    return TileWeight(codes, fixed, bits, group, rows, width, block)
+
+
+def with_scales(fixed: mx.array, scales: mx.array) -> mx.array:
+    """Words and, after them, scales as a weight has them; a vector of these lies where one may be read."""
+    return mx.concatenate([mx.pad(fixed, (0, -fixed.size % 8)), mx.contiguous(scales).reshape(-1).view(mx.uint32)])
 
 
 def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:

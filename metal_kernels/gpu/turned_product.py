@@ -3,7 +3,7 @@
 Every threadgroup turns all rows for itself, which takes less time than launching a kernel that does it once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -16,9 +16,11 @@ from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits, zeros
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
     sources=("turned_product.metal",),
-    inputs=("x", "weights", "codes", "scales", "fixed", "added"),
+    inputs=("x", "weights", "codes", "fixed", "added"),
     outputs=("out",),
 )
+ONE = replace(TURNED_PRODUCT, name="turboquant_turned_product_one", inputs=("x", "more", "codes", "fixed"))
+"""With a norm or something to add, but not both, and one array less, for which MLX takes time."""
 
 PLAIN, NORMED = 0, 2
 MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
@@ -81,13 +83,12 @@ def turned_product(
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
     more |= {"ADDED": added is not None, "FIRST": first} | walk.constants
     n = first or len(x)
-    none = zeros(x.dtype)
-    inputs = [
-        x, norm.weight if norm else none, weight.codes, weight.scales, weight.fixed, none if added is None else added,
-    ]  # fmt: skip
+    besides = [*([norm.weight] if norm else []), *([] if added is None else [added])] or [zeros(x.dtype)]
+    kernel = ONE if len(besides) == 1 else TURNED_PRODUCT
+    inputs = [x, besides[0], weight.codes, weight.fixed, *besides[1:]]
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(n, x.dtype, weight, gpu) | more
-    return TURNED_PRODUCT.launch(inputs, [out], (walk.groups, 1), threads_of(weight, gpu), settings)[0]
+    return kernel.launch(inputs, [out], (walk.groups, 1), threads_of(weight, gpu), settings)[0]
 
 
 def threads_of(weight: TileWeight, gpu: Dialect) -> int:

@@ -12,7 +12,7 @@ from metal_kernels.launch import SIMD, Kernel
 MATMUL = Kernel(
     name="turboquant_warpgroup_matmul",
     sources=("warpgroup.metal",),
-    inputs=("x", "x_scales", "codes", "scales", "fixed"),
+    inputs=("x", "x_scales", "codes", "fixed"),
     outputs=("out",),
     large_memory=70 * 1024,
 )
@@ -52,7 +52,7 @@ def fits(n: int) -> bool:
 def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = SHAPE) -> mx.array:
     """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
     groups = (-(-weight.tiles // (WARPGROUP_TILES * shape.warpgroups)), -(-x.n * x.parts // shape.columns))
-    inputs = [x.halves, x.scales, weight.codes, weight.scales, weight.fixed]
+    inputs = [x.halves, x.scales, weight.codes, weight.fixed]
     constants = {
         "BITS": weight.bits,
         "GROUP": weight.group,

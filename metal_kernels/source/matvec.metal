@@ -17,6 +17,12 @@ constexpr int groups_of_block(int group) {
   return group == 0 ? 1 : COLUMNS_OF_BLOCK / group;
 }
 
+// The scales of `tiles` tiles, which are the end of `fixed` with its `words` words.
+template <int GROUP>
+inline Device<const half> scales_of(Device<const uint> fixed, uint words, uint tiles, uint blocks) {
+  return as_halves(fixed + (words - tiles * (GROUP ? blocks : 1) * (8 * groups_of_block(GROUP))));
+}
+
 // NVIDIA's matrix units have eight columns. Where there are fewer rows of activations, several runs of 32 of their values
 // take them side by side: lane (g, t) loads those of row g % COLUMNS and of run g / COLUMNS, and of the products only those
 // count whose column belongs to the run that the weights are of.

@@ -97,6 +97,10 @@ __device__ inline void store_pair(T* at, T first, T second) {
   *reinterpret_cast<Pair*>(at) = Pair{first, second};
 }
 
+__device__ inline Device<const half> as_halves(Device<const uint> at) {
+  return reinterpret_cast<Device<const half>>(at);
+}
+
 __device__ inline uint load_pair(Device<const half> at) {
   return __ldg(reinterpret_cast<const uint*>(at));
 }

@@ -89,6 +89,10 @@ inline void store_pair(TO at, T first, T second) {
   at[1] = second;
 }
 
+inline Device<const half> as_halves(Device<const uint> at) {
+  return at.over<const half>();
+}
+
 inline uint load_pair(Device<const half> at) {
   return at.as<uint>();
 }

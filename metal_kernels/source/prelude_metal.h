@@ -66,6 +66,10 @@ inline void store_pair(TO at, T first, T second) {
   at[1] = second;
 }
 
+inline Device<const half> as_halves(Device<const uint> at) {
+  return reinterpret_cast<Device<const half>>(at);
+}
+
 inline uint load_pair(Device<const half> at) {
   return *reinterpret_cast<Device<const uint>>(at);
 }

@@ -237,7 +237,7 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.arr
         return one_product()
 
 
-MATVEC, ROTATE = "turboquant_matvec", "turboquant_rotate"
+MATVEC, ROTATE = "turboquant_matvec_alone", "turboquant_rotate"
 FAULTS = {
     "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = slice", "for (uint i = slice"),
     "a wrong shuffle distance": (

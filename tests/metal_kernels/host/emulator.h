@@ -174,6 +174,12 @@ class Device {
     }
   }
 
+  // The same memory as other values, which are only read.
+  template <typename V>
+  Device<V> over() const {
+    return {reinterpret_cast<V*>(at_), reinterpret_cast<V*>(begin_), reinterpret_cast<V*>(end_), written_};
+  }
+
   template <typename V>
   V as() const {
     check(sizeof(V));
