@@ -10,8 +10,9 @@ import pytest
 
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
-from quant_engine.generate import Continuation, generate, rate, read_prompt
+from quant_engine.generate import Continuation, continue_prompt, generate, make_cache, rate, read_prompt
 from quant_engine.loader import load
+from quant_engine.prompt import prompt_tokens
 
 PROMPT = "The city lies on the river and"
 WIDE_KEYS = 64
@@ -91,6 +92,22 @@ def test_a_repetition_penalty_changes_what_follows(loaded: tuple[nn.Module, Any]
     penalized = generate(*loaded, PROMPT, max_tokens=20, repetition_penalty=1.5)
     assert plain.token_ids != penalized.token_ids
     assert len(set(penalized.token_ids)) > len(set(plain.token_ids))
+
+
+def test_no_step_is_computed_in_vain(loaded: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    cache, tokens = make_cache(model, None), prompt_tokens(tokenizer, PROMPT)
+    read_prompt(model, tokens[:-1], cache)
+    steps: list[tuple[int, ...]] = []
+    plain = type(model).__call__
+
+    def counted(self: nn.Module, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        steps.append(inputs.shape)
+        return plain(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", counted)
+    assert len(continue_prompt(model, tokenizer, tokens, cache, 5).tokens) == 5
+    assert steps == [(1, 1)] * 5
 
 
 def test_the_prompt_is_read_without_computing_logits(
