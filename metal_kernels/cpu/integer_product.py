@@ -80,11 +80,10 @@ def integer_table(table: bytes) -> tuple[NDArray[np.int16], np.float32]:
     Of all sizes of the largest entry, from half of the room up, the one at which the others are nearest to integers.
     """
     entries = np.frombuffer(table, np.float32).astype(np.float64)
-    largest = np.abs(entries).max()
-    scaled = entries / largest * np.arange(TABLE_MOST // 2, TABLE_MOST + 1)[:, None]
-    errors = np.square(scaled / scaled.max(1, keepdims=True) - np.rint(scaled) / scaled.max(1, keepdims=True)).sum(1)
-    best = scaled[int(np.argmin(errors))]
-    return np.tile(np.rint(best), 2).astype(np.int16), np.float32(largest / np.abs(best).max())
+    largest, sizes = np.abs(entries).max(), np.arange(TABLE_MOST // 2, TABLE_MOST + 1)
+    scaled = entries / largest * sizes[:, None]
+    best = int(np.argmin(np.square((scaled - np.rint(scaled)) / sizes[:, None]).sum(axis=1)))
+    return np.tile(np.rint(scaled[best]), 2).astype(np.int16), np.float32(largest / sizes[best])
 
 
 @cache

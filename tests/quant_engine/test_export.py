@@ -73,7 +73,7 @@ def test_the_float_export_gives_the_logits_of_the_converted_model(name: str, con
         assert difference(plain, ours) < 2e-3
         for theirs, exact in zip(plain.layers, ours.layers, strict=True):
             theirs.self_attn.rope = exact.self_attn.rope
-    assert difference(plain, ours) < 1e-5
+    assert difference(plain, ours) < 2e-5  # experts behind a recurrence come to 1e-5 by the order of float32 sums
 
 
 def test_the_float_export_loads_here_too(converted: Path, floats: Path) -> None:
