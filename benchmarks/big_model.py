@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import metal_kernels
 from benchmarks.end_to_end import LARGE
-from benchmarks.harness import report
+from benchmarks.harness import prompt_of, report
 from quant_engine import QuantConfig, loader
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.fast_layers import fuse_feed_forward
@@ -171,7 +171,7 @@ def _turn(contender: Contender, case: Case) -> Turn:
         k_bits, v_bits = contender.cache_bits
         cache = convert_cache_to_turboquant(cache, k_bits=k_bits, v_bits=v_bits)
     mx.eval([layer.state for layer in cache if not layer.empty()])
-    ids = mx.array([101 + (7919 * i) % 4000 for i in range(case.prompt)])
+    ids = mx.array(prompt_of(case.prompt))
     began = time.perf_counter()
     steps = generate_step(ids, model, max_tokens=case.tokens, prompt_cache=cache)
     next(steps)

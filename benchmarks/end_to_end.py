@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer, models
 
 import metal_kernels
-from benchmarks.harness import SHARED, report
+from benchmarks.harness import SHARED, prompt_of, report
 from quant_engine import CacheConfig, QuantConfig, convert, load
 from quant_engine.generate import continue_prompt, make_cache, rate, read_prompt
 from quant_engine.safetensors_file import TensorSpec, assign_shards, index_json
@@ -92,7 +92,7 @@ def speed_of_ours(
 def measure(name: str, path: Path, prompt_tokens: int, tokens: int, work: Path) -> list[dict[str, Any]]:
     """Rows of affine and TurboQuant, each the median of ROUNDS turns after one to warm up."""
     theirs = mlx_lm_affine(path)
-    prompt = [101 + (7919 * i) % 4000 for i in range(prompt_tokens)]
+    prompt = prompt_of(prompt_tokens)
     ours: dict[int, tuple[nn.Module, Any]] = {}
     for bits in (3, 4):
         convert(path, work / f"{name}-{bits}", config=QuantConfig(bits=bits))

@@ -31,6 +31,11 @@ def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 
     return statistics.median(times)
 
 
+def prompt_of(tokens: int) -> list[int]:
+    """Token ids without meaning, none of them special, for models of random weights."""
+    return [101 + (7919 * i) % 4000 for i in range(tokens)]
+
+
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU here."""
     return mx.default_device() != mx.Device(mx.cpu)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 import metal_kernels
 from benchmarks.big_model import EIGHT_B, held_bytes, random_turboquant
-from benchmarks.harness import report
+from benchmarks.harness import prompt_of, report
 from quant_engine.config import CacheConfig
 from quant_engine.generate import cache_nbytes, make_cache, read_prompt
 
@@ -28,8 +28,7 @@ def measure(model: nn.Module, weight_bytes: int, name: str, tokens: int) -> dict
     held_bytes()
     mx.reset_peak_memory()
     metal_kernels.reset_paths()
-    prompt = [101 + (7919 * i) % 4000 for i in range(tokens)]
-    began = time.perf_counter()
+    prompt, began = prompt_of(tokens), time.perf_counter()
     read_prompt(model, prompt, cache)
     mx.synchronize()
     seconds, kept = time.perf_counter() - began, cache_nbytes(cache)

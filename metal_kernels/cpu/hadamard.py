@@ -9,11 +9,10 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from metal_kernels.cpu.arrays import view
+from metal_kernels.cpu.threads import FEW_VALUES
 from metal_kernels.cpu.vector import hadamard16
 
 Rows = NDArray[np.float32]
-FEW_VALUES = 2**14
-"""Up to these a second thread takes longer to begin than to help."""
 
 
 def rotate_rows(x: Rows, signs: Rows | None, block: int, padded: int = 0) -> Rows:

@@ -25,17 +25,17 @@ from metal_kernels.cpu.llvm_vector import (
     I64,
     call,
     constant,
+    filled,
     fma,
     literals,
     load,
-    numbers,
     prefetch,
     splat,
     store,
     sum_lanes,
     vector_of,
 )  # fmt: skip
-from metal_kernels.cpu.vector import block_scales, gathered
+from metal_kernels.cpu.vector import block_scales, codes_of
 
 LANES = 16
 WIDE = vector_of(I16, 2 * LANES)
@@ -124,7 +124,7 @@ def round_lanes(typing: Any, x: Any, one: Any, integers: Any, units: Any, blocks
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         xs, one, target, us, n = args
         v = vector_of(F32, LANES)
-        number = partial(numbers, lanes=LANES)
+        number = partial(filled, v)
         with cgutils.for_range(builder, n, intp=I64) as loop:
             place = builder.add(xs, builder.mul(loop.index, I64(4 * LANES * FIELDS)))
             fields = [load(builder, place, v, 4 * LANES * field) for field in range(FIELDS)]
@@ -162,20 +162,11 @@ def _whole(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
     return call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", zero.type, values, zero, all_lanes, nearest)
 
 
-def _constant(value: int, lanes: int) -> ir.Value:
-    return ir.Constant(vector_of(I16, lanes), [value] * lanes)
-
-
 def _row_values(builder: ir.IRBuilder, address: ir.Value, table: ir.Value, bits: int) -> Iterator[ir.Value]:
     """The 16 pairs of fields of a block, looked up."""
     words = [load(builder, address, WIDE, 4 * LANES * i) for i in range(bits)]
-    permute, per_word = "llvm.x86.avx512.permvar.hi.512", 16 // bits
-    for pair in range(per_word * bits):
-        word, place = words[pair // per_word], pair % per_word
-        index = builder.lshr(word, _constant(bits * place, 32)) if place else word
-        yield call(builder, permute, WIDE, table, index)
-    if bits == 3:
-        yield call(builder, permute, WIDE, table, gathered(builder, words, 15, 32, _constant))
+    for index in codes_of(builder, words, bits):
+        yield call(builder, "llvm.x86.avx512.permvar.hi.512", WIDE, table, index)
 
 
 def _add_products(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -212,7 +203,7 @@ def dot_integers(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, us, o, n = args[:9]
         entries = load(builder, t, WIDE, 0)
-        zero = numbers(0.0, LANES)
+        zero = filled(vector_of(F32, LANES), 0.0)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(AT_ONCE)]
         ahead = builder.mul(w_stride, I64(AHEAD * AT_ONCE))
         with cgutils.for_range(builder, n, intp=I64) as loop:

@@ -7,11 +7,10 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from metal_kernels.cpu.threads import FEW_VALUES
 from metal_kernels.layout import bits_of
 
 FIELDS = 32
-FEW_VALUES = 2**14
-"""Up to these a second thread takes longer to begin than to help."""
 LEAST_ROWS = 4
 """Rows that the product kernels take at a time; smaller matrices are padded to it."""
 
@@ -93,19 +92,22 @@ def in_lane_order(x: NDArray[np.float32], lanes: int) -> NDArray[np.float32]:
 
 
 @njit(cache=True, nogil=True)
+def _turn_over(x: Any, out: Any) -> None:
+    for lane in range(x.shape[0]):
+        for field in range(FIELDS):
+            out[field, lane] = x[lane, field]
+
+
+@njit(cache=True, nogil=True)
 def _reorder_few(x: Any, out: Any) -> None:
     for block in range(x.shape[0]):
-        for lane in range(x.shape[1]):
-            for field in range(FIELDS):
-                out[block, field, lane] = x[block, lane, field]
+        _turn_over(x[block], out[block])
 
 
 @njit(cache=True, parallel=True, nogil=True)
 def _reorder_many(x: Any, out: Any) -> None:
     for block in prange(x.shape[0]):
-        for lane in range(x.shape[1]):
-            for field in range(FIELDS):
-                out[block, field, lane] = x[block, lane, field]
+        _turn_over(x[block], out[block])
 
 
 @njit(cache=True, inline="always")

@@ -32,13 +32,13 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     )
 
 
+def filled(kind: ir.VectorType, value: float) -> ir.Value:
+    """A constant with the same value in every lane."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
 def constant(value: int, lanes: int) -> ir.Value:
-    return ir.Constant(vector_of(I32, lanes), [value] * lanes)
-
-
-def numbers(value: float, lanes: int) -> ir.Value:
-    """A float32 in every lane."""
-    return ir.Constant(vector_of(F32, lanes), [value] * lanes)
+    return filled(vector_of(I32, lanes), value)
 
 
 def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:

@@ -4,6 +4,9 @@ import ctypes
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 
+FEW_VALUES = 2**14
+"""Up to these a second thread takes longer to begin than to help, where a value takes a nanosecond or so."""
+
 
 @cache
 def prepare_threads() -> None:

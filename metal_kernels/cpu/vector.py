@@ -9,7 +9,7 @@ three words has left.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -23,12 +23,12 @@ from metal_kernels.cpu.llvm_vector import (
     I32,
     I64,
     constant,
+    filled,
     fma,
     literals,
     load,
     load_table,
     look_up,
-    numbers,
     prefetch,
     splat,
     store,
@@ -41,31 +41,31 @@ KINDS = {0: I16, 1: F16, 2: F32}
 """Element types of dense weights: 0 bfloat16 (as its 16 bits), 1 float16, 2 float32."""
 
 
-def _codes(builder: ir.IRBuilder, words: list[ir.Value], bits: int, lanes: int) -> Iterator[ir.Value]:
-    """Index vectors of the 32 fields, right in their low `bits` bits only."""
-    per_half = 16 // bits
-    for field in range(2 * per_half * bits):
-        word, shift = words[field // 2 // per_half], 16 * (field % 2) + bits * (field // 2 % per_half)
-        yield builder.lshr(word, constant(shift, lanes)) if shift else word
-    for top in (15, 31) if bits == 3 else ():
-        yield gathered(builder, words, top, lanes, constant)
+def codes_of(builder: ir.IRBuilder, words: list[ir.Value], bits: int) -> Iterator[ir.Value]:
+    """Index vectors, right in their low `bits` bits only: one a field of 32-bit words, one a pair of 16-bit words."""
+    halves, per_half = range(0, words[0].type.element.width, 16), 16 // bits
+    for place in range(per_half * bits):
+        for start in halves:
+            yield _shifted(builder, words[place // per_half], start + bits * (place % per_half))
+    for start in halves if bits == 3 else ():
+        yield _gathered(builder, words, start + 15)
 
 
-def gathered(
-    builder: ir.IRBuilder, words: list[ir.Value], top: int, lanes: int, number: Callable[[int, int], ir.Value]
-) -> ir.Value:
+def _shifted(builder: ir.IRBuilder, word: ir.Value, by: int) -> ir.Value:
+    return builder.lshr(word, filled(word.type, by)) if by else word
+
+
+def _gathered(builder: ir.IRBuilder, words: list[ir.Value], top: int) -> ir.Value:
     """The code whose bit i is bit `top` of word i."""
-    parts = [
-        builder.and_(builder.lshr(word, number(top - i, lanes)), number(1 << i, lanes)) for i, word in enumerate(words)
-    ]
-    return functools.reduce(builder.or_, parts)
+    bits = [builder.and_(_shifted(builder, word, top - i), filled(word.type, 1 << i)) for i, word in enumerate(words)]
+    return functools.reduce(builder.or_, bits)
 
 
 def _packed_values(
     builder: ir.IRBuilder, address: ir.Value, table: list[ir.Value], bits: int, lanes: int, lookup: int
 ) -> Iterator[ir.Value]:
     words = [load(builder, address, vector_of(I32, lanes), 4 * lanes * w) for w in range(bits)]
-    for index in _codes(builder, words, bits, lanes):
+    for index in codes_of(builder, words, bits):
         yield look_up(builder, index, table, lanes, lookup)
 
 
@@ -122,7 +122,7 @@ def dot_packed(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, s, s_stride, t, xs, xs_stride, o, o_stride, n = args[:10]
         lookup_table = load_table(builder, t, n_lanes)
-        zero = numbers(0.0, n_lanes)
+        zero = filled(vector_of(F32, n_lanes), 0.0)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes, x_bytes = 4 * n_lanes * n_bits, 4 * n_lanes * FIELDS
         scale_bytes = 2 * (n_lanes // per) if per else 0
@@ -230,7 +230,7 @@ def dot_dense(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         w, w_stride, xs, xs_stride, o, o_stride, n = args[:7]
-        zero = numbers(0.0, n_lanes)
+        zero = filled(vector_of(F32, n_lanes), 0.0)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_columns)] for _ in range(n_rows)]
         block_bytes, ahead = (4 if n_kind == 2 else 2) * n_lanes * FIELDS, builder.mul(w_stride, I64(n_rows))
         with cgutils.for_range(builder, n, intp=I64) as loop:
