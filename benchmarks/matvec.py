@@ -20,7 +20,6 @@ from benchmarks.harness import copies_of, copy_bandwidth, microseconds, microsec
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TileWeight
-from metal_kernels.launch import constant
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
@@ -107,14 +106,14 @@ def methods(bits: int, dtype: mx.Dtype) -> list[Method]:
 def prepared(x: mx.array, weight: TileWeight) -> Activations:
     """Rotated activations in the order of the kernel that their number calls for."""
     ready = products.prepare(x, weight)
-    mx.eval(ready.halves, ready.scales)
+    mx.eval(ready.halves)
     return ready
 
 
 def rotated_product(x: mx.array | Activations, weight: TileWeight) -> mx.array:
     """The product of activations that are rotated: as `prepared` gives them, or one vector of halves as it is."""
     gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
-    ready = Activations(x, constant(1.0), 1, 1) if isinstance(x, mx.array) else x
+    ready = Activations(x, 1, scaled=False) if isinstance(x, mx.array) else x
     return products.times(ready, weight, gpu, mx.float16)
 
 

@@ -6,37 +6,35 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels.gpu import hadamard, matmul, matvec, turned_product
-from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight, with_scales
+from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight, in_one
 from metal_kernels.launch import SIMD, Kernel
 
-INPUTS = ("x", "x_scales", "codes", "fixed")
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
     sources=("experts.metal",),
-    inputs=(*INPUTS, "chosen"),
+    inputs=("x", "packed", "chosen"),
     outputs=("out",),
 )
 
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
     sources=("turned_product.metal", "experts.metal"),
-    inputs=("x", "codes", "fixed", "chosen"),
+    inputs=("x", "packed", "chosen"),
     outputs=("out",),
 )
 
 SEGMENTS = Kernel(
     name="turboquant_expert_segments",
     sources=("experts.metal",),
-    inputs=(*INPUTS, "first_rows", "first_blocks"),
+    inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
 )
 
 MATMUL = Kernel(
     name="turboquant_expert_matmul",
     sources=("matmul.metal", "experts.metal"),
-    inputs=(*INPUTS, "first_rows", "first_blocks"),
+    inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
 )
 
@@ -48,9 +46,7 @@ def stack(weights: Sequence[TileWeight]) -> TileWeight:
     """Experts' weights of one recipe and rotation as one."""
     first = weights[0]
     codes, scales = mx.concatenate([w.codes for w in weights]), mx.concatenate([w.scales for w in weights])
-    fixed = with_scales(first.fixed[: first.fixed.size - first.scales.size // 2], scales)
-    mx.eval(codes, fixed)
-    return TileWeight(codes, fixed, *first.recipe[:-1], len(weights))
+    return TileWeight(in_one(codes, scales, first.fixed), first.fixed, *first.recipe[:-1], len(weights))
 
 
 def expert_product(x: mx.array, weight: TileWeight, indices: mx.array, in_order: bool, gpu: Gpu) -> mx.array:
@@ -81,9 +77,11 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         return _turned_pairs(x, weight, chosen, times, shape, gpu)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
-    one = Activations(ready.halves, ready.scales, 1, ready.parts)
-    constants = matvec.constants(weight, one, gpu, x.dtype) | {"EXPERTS": weight.experts, "TIMES": times}
-    inputs = [ready.halves, ready.scales, weight.codes, weight.fixed, chosen]
+    constants = matvec.constants(weight, ready, gpu, x.dtype, columns=ready.parts) | {
+        "EXPERTS": weight.experts,
+        "TIMES": times,
+    }
+    inputs = [ready.halves, weight.words, chosen]
     groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight)
     return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]
 
@@ -98,7 +96,7 @@ def _turned_pairs(
     walk = turned_product.walk_of(weight, gpu, chosen.size)
     constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
-    inputs = [x, weight.codes, weight.fixed, chosen]
+    inputs = [x, weight.words, chosen]
     out, groups = (shape, x.dtype), (walk.groups, chosen.size)
     return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight, gpu), constants)[0]
 
@@ -113,12 +111,11 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
         kernel = SEGMENTS
-        constants = matvec.constants(weight, ready, gpu, x.dtype)
         columns, threads, step = matvec.COLUMNS, SIMD * matvec.slices_of(weight), 1
-        constants["COLUMNS"] = columns
+        constants = matvec.constants(weight, ready, gpu, x.dtype, columns)
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
-    inputs = [ready.halves, ready.scales, weight.codes, weight.fixed, first_rows, first_blocks]
+    inputs = [ready.halves, weight.words, first_rows, first_blocks]
     blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
     out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // step), blocks)
     y = kernel.launch(inputs, [out], groups, threads, constants | {"EXPERTS": weight.experts})[0]

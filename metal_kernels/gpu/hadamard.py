@@ -1,6 +1,7 @@
 """Signs and blockwise Hadamard transforms on a GPU, and activations made ready for products with tiles."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -25,23 +26,33 @@ ROTATE = Kernel(
     name="turboquant_rotate",
     sources=("hadamard.metal",),
     inputs=("x", "fixed"),
-    outputs=("out", "scales"),
+    outputs=("out",),
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Rotated activations as halves (n * parts, padded) and the float32 factors (n or more) that restore them.
+    """n rotated activations as float16, one array for a launch: (n * parts, padded) halves, then, scaled, for each row
+    the exponent of the factor that restores it, as `Factors` in activations.metal reads it.
 
-    With two parts, of float32 activations, a row and the row of what its rounding lost follow each other. In pieces:
-    as many rows as whole `PIECE_ROWS` make, in the order that `place_of` in hadamard.metal says.
+    halves is (n, enough). With two parts, of float32 activations, a row and the row of what its rounding lost follow
+    each other. In pieces: as many rows as whole `PIECE_ROWS` make, in the order that `place_of` says.
     """
 
     halves: mx.array
-    scales: mx.array
-    n: int
     parts: int
+    scaled: bool
     in_pieces: bool = False
+
+    @property
+    def n(self) -> int:
+        """Rows of activations."""
+        return self.halves.shape[0]
+
+    @property
+    def constants(self) -> dict[str, int | bool | mx.Dtype]:
+        """The compile-time values of reading them."""
+        return {"PARTS": self.parts, "SCALED": self.scaled}
 
 
 def rotate(x: mx.array, fixed: mx.array, block: int) -> mx.array:
@@ -55,7 +66,7 @@ def rotate(x: mx.array, fixed: mx.array, block: int) -> mx.array:
         "PADDED": width,
         "OUT": x.dtype,
     }
-    return _launch(x, fixed, constants, ((n, width), x.dtype), 8)[0]
+    return _launch(x, fixed, constants, (n, width))
 
 
 def prepare(x: mx.array, fixed: mx.array, block: int, gated: bool = False, in_pieces: bool = False) -> Activations:
@@ -66,18 +77,22 @@ def prepare(x: mx.array, fixed: mx.array, block: int, gated: bool = False, in_pi
     underflow; float32 goes to two halves, 22 bits of its 24.
     """
     n, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    parts, padded = 2 if x.dtype == mx.float32 else 1, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    scaled, parts, padded = (
+        x.dtype != mx.float16,
+        2 if x.dtype == mx.float32 else 1,
+        -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS,
+    )
     constants = _constants(n, width, x.dtype, block) | {
         "PARTS": parts,
-        "SCALED": x.dtype != mx.float16,
+        "SCALED": scaled,
         "KIND": int(gated),
         "PIECES": in_pieces,
         "PADDED": padded,
         "OUT": mx.float16,
     }
     rows = -(-n * parts // PIECE_ROWS) * PIECE_ROWS if in_pieces else n * parts
-    halves, scales = _launch(x, fixed, constants, ((rows, padded), mx.float16), max(n, 8))
-    return Activations(halves, scales, n, parts, in_pieces)
+    each = -(-rows * padded // n) + int(scaled)
+    return Activations(_launch(x, fixed, constants, (n, each)), parts, scaled, in_pieces)
 
 
 def fits(block: int) -> bool:
@@ -106,14 +121,10 @@ def _constants(n: int, width: int, dtype: mx.Dtype, block: int) -> dict[str, int
 
 
 def _launch(
-    x: mx.array,
-    fixed: mx.array,
-    constants: dict[str, int | bool | mx.Dtype],
-    out: tuple[tuple[int, int], mx.Dtype],
-    n_scales: int,
-) -> list[mx.array]:
+    x: mx.array, fixed: mx.array, constants: dict[str, int | bool | mx.Dtype], shape: tuple[int, int]
+) -> mx.array:
     odd, power, threads = (int(constants[name]) for name in ("ODD", "POWER", "THREADS"))  # pyright: ignore[reportArgumentType]
     run = power if constants["SHARED_OUT"] else odd * power
     groups = x.shape[0] * int(constants["WIDTH"]) // run  # pyright: ignore[reportArgumentType]
-    outputs = [out, ((n_scales,), mx.float32)]
-    return ROTATE.launch([x, fixed], outputs, (groups, 1), threads, constants)
+    out = shape, cast(mx.Dtype, constants["OUT"])
+    return ROTATE.launch([x, fixed], [out], (groups, 1), threads, constants)[0]

@@ -11,7 +11,7 @@ from metal_kernels.launch import SIMD, Dialect, Kernel
 MATMUL = Kernel(
     name="turboquant_matmul",
     sources=("matmul.metal",),
-    inputs=("x", "x_scales", "codes", "fixed"),
+    inputs=("x", "packed"),
     outputs=("out",),
 )
 
@@ -45,7 +45,7 @@ def matmul(
     """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
     shape = shape or SHAPES[dialect]
     groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
-    inputs = [x.halves, x.scales, weight.codes, weight.fixed]
+    inputs = [x.halves, weight.words]
     out = ((x.n, weight.rows), dtype)
     return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dialect, dtype))[0]
 
@@ -61,8 +61,7 @@ def constants(
         "PIECES": shape.pieces,
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
-        "PARTS": x.parts,
         "NVIDIA": dialect == "cuda",
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    }
+    } | x.constants

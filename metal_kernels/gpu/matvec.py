@@ -9,14 +9,14 @@ from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel
 
 COLUMNS = 8
-"""Rows of halves that share a decoded weight; more take several turns."""
+"""At most so many rows of halves share a decoded weight; more take several turns."""
 MANY_TILES = 512
 """From so many on, tiles alone fill a GPU, and fewer slices of each have fewer sums to join."""
 
 MATVEC = Kernel(
     name="turboquant_matvec",
     sources=("matvec.metal",),
-    inputs=("x", "x_scales", "codes", "fixed", "added"),
+    inputs=("x", "packed", "added"),
     outputs=("out",),
 )
 ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1])
@@ -25,24 +25,22 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 
 def slices_of(weight: TileWeight) -> int:
     """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200."""
-    return min(4 if weight.tiles >= MANY_TILES else 8, weight.codes.shape[1])
+    return min(4 if weight.tiles >= MANY_TILES else 8, weight.blocks)
 
 
 def constants(
-    weight: TileWeight, x: Activations, dialect: Dialect, dtype: mx.Dtype
+    weight: TileWeight, x: Activations, dialect: Dialect, dtype: mx.Dtype, columns: int
 ) -> dict[str, int | bool | mx.Dtype]:
-    """The kernel's compile-time values."""
-    columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
+    """The kernel's compile-time values; columns, 1, 2, 4 or 8: rows of halves that share a decoded weight."""
     return {
         "BITS": weight.bits,
         "GROUP": weight.group,
         "SLICES": slices_of(weight),
-        "PARTS": x.parts,
         "COLUMNS": columns,
         "NVIDIA": dialect == "cuda",
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    }
+    } | x.constants
 
 
 def matvec(
@@ -52,8 +50,9 @@ def matvec(
 
     In `dtype`, which is that of `added`.
     """
-    values = constants(weight, x, dialect, dtype) | {"ADDED": added is not None}
-    groups = (weight.tiles, -(-x.n * x.parts // int(values["COLUMNS"])))  # pyright: ignore[reportArgumentType]
+    columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
+    values = constants(weight, x, dialect, dtype, columns) | {"ADDED": added is not None}
+    groups = (weight.tiles, -(-x.n * x.parts // columns))
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
-    inputs = [x.halves, x.scales, weight.codes, weight.fixed, *more]
+    inputs = [x.halves, weight.words, *more]
     return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]

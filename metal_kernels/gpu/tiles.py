@@ -8,11 +8,14 @@ import numpy as np
 
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.fixed import fixed_words
+from metal_kernels.launch import made
 from metal_kernels.layout import bits_of, pack, unpack
 
 TILE_ROWS = 16
 BLOCK_COLUMNS = 256
 BITS = (2, 3, 4)
+CODE_WORDS = TILE_ROWS * BLOCK_COLUMNS // 32
+"""Of a block, for each bit of a code."""
 CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
@@ -25,12 +28,12 @@ Recipe = tuple[int, int, int, int, int, int]
 class TileWeight:
     """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
-    codes uint32 (tiles, blocks, bits, 32 lanes, 4); fixed uint32: `fixed_words` with a `decoding_table`, at the end
-    the `scales`, since MLX takes time for every array of a launch. group 0: one scale a row. block: the Hadamard
-    transform's (1: none). The tiles of all experts, `rows` rows each, follow each other.
+    words uint32 (tiles, blocks, enough): the `codes`, the `scales`, then `fixed`, in one array since MLX takes time for
+    every array of a launch. fixed: `fixed_words` with a `decoding_table`. group 0: one scale a row. block: the
+    Hadamard transform's (1: none). The tiles of all experts, `rows` rows each, follow each other.
     """
 
-    codes: mx.array
+    words: mx.array
     fixed: mx.array
     bits: int
     group: int
@@ -42,7 +45,7 @@ class TileWeight:
     @property
     def arrays(self) -> Arrays:
         """What a compiled product is called with; with `recipe` after it, a TileWeight's own arguments."""
-        return self.codes, self.fixed
+        return self.words, self.fixed
 
     @property
     def recipe(self) -> Recipe:
@@ -50,17 +53,29 @@ class TileWeight:
         return self.bits, self.group, self.rows, self.width, self.block, self.experts
 
     @property
+    def codes(self) -> mx.array:
+        """uint32 (tiles, blocks, bits, 32 lanes, 4)."""
+        shape = *self.words.shape[:2], self.bits, 32, 4
+        return self.words.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+    @property
     def scales(self) -> mx.array:
         """float16 (tiles, blocks, 8, groups of a block, 2), or (tiles, 1, 8, 1, 2) with one scale a row."""
-        tiles, blocks = self.codes.shape[:2]
+        tiles, blocks = self.words.shape[:2]
         groups = BLOCK_COLUMNS // self.group if self.group else 1
         shape = tiles, blocks if self.group else 1, 8, groups, 2
-        return self.fixed[-math.prod(shape) // 2 :].view(mx.float16).reshape(shape)
+        first = tiles * blocks * CODE_WORDS * self.bits
+        return self.words.reshape(-1)[first : first + math.prod(shape) // 2].view(mx.float16).reshape(shape)
 
     @property
     def tiles(self) -> int:
         """Tiles of one expert's rows, or of the only matrix's."""
-        return self.codes.shape[0] // self.experts
+        return self.words.shape[0] // self.experts
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a tile's columns."""
+        return self.words.shape[1]
 
     def take(self, rows: mx.array) -> tuple[mx.array, mx.array]:
         """The canonical packed codes (n, words) and scales (n, groups) of the rows (n,) of the matrix."""
@@ -78,7 +93,7 @@ class TileWeight:
     @property
     def padded(self) -> int:
         """The width in whole blocks, which activations must have too."""
-        return self.codes.shape[1] * BLOCK_COLUMNS
+        return self.blocks * BLOCK_COLUMNS
 
 
 def symmetric(codebook: tuple[float, ...]) -> bool:
@@ -130,17 +145,19 @@ def arrange(
     for first in range(0, rows, step):
         parts.append(_tiles(packed[first : first + step], bits, width))
         mx.eval(parts[-1])
-    codes = mx.contiguous(mx.concatenate(parts))
+    codes = mx.concatenate(parts)
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, codes.shape[1])
-    fixed = with_scales(fixed_words(decoding_table(codebook), signs, block, width), tiled)
-    mx.eval(codes, fixed)
-    return TileWeight(codes, fixed, bits, group, rows, width, block)
+    fixed = fixed_words(decoding_table(codebook), signs, block, width)
+    return TileWeight(in_one(codes, tiled, fixed), fixed, bits, group, rows, width, block)
 
 
-def with_scales(fixed: mx.array, scales: mx.array) -> mx.array:
-    """Words and, after them, scales as a weight has them; a vector of these lies where one may be read."""
-    return mx.concatenate([mx.pad(fixed, (0, -fixed.size % 8)), mx.contiguous(scales).reshape(-1).view(mx.uint32)])
+def in_one(codes: mx.array, scales: mx.array, fixed: mx.array) -> mx.array:
+    """The words of a weight, see `TileWeight`: as many for each block as make room for all."""
+    tiles, blocks = codes.shape[:2]
+    parts = [codes.reshape(-1), mx.contiguous(scales).reshape(-1).view(mx.uint32), fixed]
+    spare = -sum(part.size for part in parts) % (tiles * blocks)
+    return made(mx.concatenate([*parts, mx.zeros((spare,), mx.uint32)]).reshape(tiles, blocks, -1))
 
 
 def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:

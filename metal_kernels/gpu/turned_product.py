@@ -11,16 +11,18 @@ from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.matvec import COLUMNS
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits, zeros
+from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
 TURNED_PRODUCT = Kernel(
     name="turboquant_turned_product",
     sources=("turned_product.metal",),
-    inputs=("x", "weights", "codes", "fixed", "added"),
+    inputs=("x", "norm", "packed", "added"),
     outputs=("out",),
 )
-ONE = replace(TURNED_PRODUCT, name="turboquant_turned_product_one", inputs=("x", "more", "codes", "fixed"))
+ONE = replace(TURNED_PRODUCT, name="turboquant_turned_product_one", inputs=("x", "more", "packed"))
 """With a norm or something to add, but not both, and one array less, for which MLX takes time."""
+ALONE = replace(TURNED_PRODUCT, name="turboquant_turned_product_alone", inputs=("x", "packed"))
+"""With neither."""
 
 PLAIN, NORMED = 0, 2
 MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
@@ -83,9 +85,9 @@ def turned_product(
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
     more |= {"ADDED": added is not None, "FIRST": first} | walk.constants
     n = first or len(x)
-    besides = [*([norm.weight] if norm else []), *([] if added is None else [added])] or [zeros(x.dtype)]
-    kernel = ONE if len(besides) == 1 else TURNED_PRODUCT
-    inputs = [x, besides[0], weight.codes, weight.fixed, *besides[1:]]
+    besides = [*([norm.weight] if norm else []), *([] if added is None else [added])]
+    kernel = (ALONE, ONE, TURNED_PRODUCT)[len(besides)]
+    inputs = [x, *besides[:1], weight.words, *besides[1:]]
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(n, x.dtype, weight, gpu) | more
     return kernel.launch(inputs, [out], (walk.groups, 1), threads_of(weight, gpu), settings)[0]
@@ -126,7 +128,7 @@ class Walk:
 def walk_of(weight: TileWeight, gpu: Dialect, walkers: int = 1, gates: bool = False) -> Walk:
     """The walk over a weight's tiles, or pairs of them, that should be done first where `walkers` go at once."""
     tiles, each = (weight.tiles // 2, 2) if gates else (weight.tiles, 1)
-    simdgroups, blocks = _layout(weight, gpu).simdgroups, weight.codes.shape[1]
+    simdgroups, blocks = _layout(weight, gpu).simdgroups, weight.blocks
     groups = min(tiles, max(1, RESIDENT // simdgroups // walkers))
     walks: list[tuple[int, Walk]] = []
     for slices in (16, 8, 4, 2):
@@ -164,7 +166,7 @@ class _Layout:
 def _layout(weight: TileWeight, gpu: Dialect) -> _Layout:
     odd, power = factors(weight.block)
     simdgroups = 16 if gpu == "cuda" and _work(weight) > LIGHT else 8
-    if weight.codes.shape[1] < 8:
+    if weight.blocks < 8:
         simdgroups //= 2
     if weight.block == 1:
         power = min(weight.width & -weight.width, hadamard.MOST_THREADS)

@@ -12,7 +12,7 @@ from metal_kernels.launch import SIMD, Kernel
 MATMUL = Kernel(
     name="turboquant_warpgroup_matmul",
     sources=("warpgroup.metal",),
-    inputs=("x", "x_scales", "codes", "fixed"),
+    inputs=("x", "packed"),
     outputs=("out",),
     large_memory=70 * 1024,
 )
@@ -52,17 +52,16 @@ def fits(n: int) -> bool:
 def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = SHAPE) -> mx.array:
     """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
     groups = (-(-weight.tiles // (WARPGROUP_TILES * shape.warpgroups)), -(-x.n * x.parts // shape.columns))
-    inputs = [x.halves, x.scales, weight.codes, weight.fixed]
+    inputs = [x.halves, weight.words]
     constants = {
         "BITS": weight.bits,
         "GROUP": weight.group,
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
         "COUNT": shape.planes,
-        "PARTS": x.parts,
         "NVIDIA": True,
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    }
+    } | x.constants
     threads = WARPGROUP_TILES * SIMD * shape.warpgroups
     return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, constants)[0]

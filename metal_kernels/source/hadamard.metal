@@ -2,6 +2,7 @@
 // factor's matrix comes after the runs' transforms, or before them where runs are shared out.
 #pragma once
 
+#include "activations.metal"
 #include "lanes.metal"
 #include "runs.metal"
 
@@ -233,18 +234,6 @@ struct Turn {
   }
 };
 
-// Where a value goes in (rows, padded); PIECES: in pieces of 64 rows and 64 columns, which follow each other in the order
-// of columns, then of rows. A line of a piece is a row, its columns (p, t, s, h, e), see codes.metal, in the order
-// (p, s, h, t, e) that a matrix unit takes them in, and its vectors of eight turned as `descriptor` says.
-template <bool PIECES>
-inline uint place_of(uint row, uint column, uint padded) {
-  if (!PIECES) {
-    return row * padded + column;
-  }
-  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 64 * (padded / 64) + column / 64) * 64 + row % 64;
-  return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
-}
-
 // A row that turned values go to, times `factor`, as OUT. PARTS 2: as two rows, of the nearest OUT and of what that lost.
 template <int PARTS, bool PIECES, uint STRIDE, typename OUT, typename TO>
 struct Target {
@@ -274,12 +263,13 @@ struct Target {
 
 // Rotates block `group` of x (rows, WIDTH); SHARED_OUT: run group % ODD of block group / ODD, all of which is read.
 //
-// PARTS 0: to out (rows, WIDTH). Otherwise to out (rows * PARTS, PADDED) of halves, zeros after WIDTH, scaled by
-// a power of two whose inverse goes to scales (rows); PARTS 2 writes the half and the half of what it lost.
+// PARTS 0: to out (rows, WIDTH). Otherwise to out (rows * PARTS, PADDED) of halves, zeros after WIDTH, with SCALED times a
+// power of two, and after them the exponents of its inverses, as `Factors` reads them; PARTS 2 writes the half and the half
+// of what it lost.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
           bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uint> odd, Device<OUT> out,
-                   Device<float> scales, Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint group,
+                   Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint rows, uint group,
                    uint index) {
   using Mine = Turn<ODD, POWER, THREADS, TRANSFORM, KIND>;
   constexpr uint BLOCKS = WIDTH / Mine::SIZE, RUNS = SHARED_OUT ? ODD : 1, EACH_ROW = PARTS > 0 ? PARTS : 1;
@@ -317,8 +307,8 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
     mine.write(target, matrix, start, index);
   }
   if (PARTS > 0 && start == 0 && run == 0) {
-    if (index == 0) {
-      scales[row] = bits_float((254u - exponent) << 23);
+    if (SCALED && index == 0) {
+      out[rows_held<PIECES>(rows * PARTS) * PADDED + row] = static_cast<OUT>(static_cast<float>(254u - exponent));
     }
     for (uint i = index; i < uint(PADDED - WIDTH) * PARTS; i += THREADS) {
       uint part = i % EACH_ROW, column = WIDTH + i / EACH_ROW;

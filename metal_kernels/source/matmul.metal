@@ -71,8 +71,8 @@ struct Results {
     }
   }
 
-  template <int PARTS, typename T>
-  void write(Device<T> out, Device<const float> x_scales, uint first_tile, uint rows, uint first, uint end, uint seat) {
+  template <int PARTS, typename T, typename FACTORS>
+  void write(Device<T> out, const thread FACTORS& factors, uint first_tile, uint rows, uint first, uint end, uint seat) {
     UNROLL
     for (int i = 0; i < TILES * PIECES * 2; i++) {
       uint row = 16 * (first_tile + i / (2 * PIECES)) + seat / 4 + 8 * (i % 2);
@@ -80,35 +80,36 @@ struct Results {
       float one = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2)];
       float two = at[i / (2 * PIECES)][i / 2 % PIECES][2 * (i % 2) + 1];
       if (PARTS == 2 && row < rows && column < end) {
-        out[column / 2 * rows + row] = static_cast<T>((one + two) * x_scales[column / 2]);
+        out[column / 2 * rows + row] = static_cast<T>((one + two) * factors[column / 2]);
       }
       if (PARTS == 1 && row < rows && column < end) {
-        out[column * rows + row] = static_cast<T>(one * x_scales[column]);
+        out[column * rows + row] = static_cast<T>(one * factors[column]);
       }
       if (PARTS == 1 && row < rows && column + 1 < end) {
-        out[(column + 1) * rows + row] = static_cast<T>(two * x_scales[column + 1]);
+        out[(column + 1) * rows + row] = static_cast<T>(two * factors[column + 1]);
       }
     }
   }
 };
 
-template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA, typename T>
-inline void matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
-                   Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged, uint columns,
-                   uint tiles, uint blocks, uint rows, uint group_x, uint group_y, uint index) {
+template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA,
+          bool SCALED, typename T>
+inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring, const thread Weight<BITS, GROUP>& weight,
+                   Device<T> out, Shared<uint4> staged, uint columns, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;
   using Unit = MatrixUnit<NVIDIA>;
   uint simdgroup = index / 32, seat = Unit::seat(index % 32);
   uint first_tile = (group_x * ROW_GROUPS + simdgroup / COLUMN_GROUPS) * TILES;
   uint first = group_y * COLUMNS, mine = simdgroup % COLUMN_GROUPS * 8 * PIECES;
-  Table values = load_table(table);
+  uint tiles = weight.tiles, blocks = weight.blocks;
+  Table values = load_table(weight.fixed);
   Results<TILES, PIECES> results;
   results.clear();
   uint second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
   Block<BITS, GROUP> next[2] = {
-      Block<BITS, GROUP>(codes, scales, first_tile < tiles ? first_tile : tiles - 1, blocks, 0, seat),
-      Block<BITS, GROUP>(codes, scales, second_tile, blocks, 0, seat)};
+      Block<BITS, GROUP>(weight, first_tile < tiles ? first_tile : tiles - 1, 0, seat),
+      Block<BITS, GROUP>(weight, second_tile, 0, seat)};
   UNROLL
   for (int j = 0; j < TILES; j++) {
     next[j].load();
@@ -153,7 +154,7 @@ inline void matmul(Device<const half> x, Device<const float> x_scales, Device<co
       barrier();
     }
   }
-  results.template write<PARTS, T>(out, x_scales, first_tile, rows, first + mine, columns, seat);
+  results.template write<PARTS, T>(out, restoring, first_tile, rows, first + mine, columns, seat);
 }
 
 } // namespace turboquant

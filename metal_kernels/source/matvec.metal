@@ -6,6 +6,7 @@
 // scale multiplies its sum.
 #pragma once
 
+#include "activations.metal"
 #include "codes.metal"
 
 namespace turboquant {
@@ -17,11 +18,35 @@ constexpr int groups_of_block(int group) {
   return group == 0 ? 1 : COLUMNS_OF_BLOCK / group;
 }
 
-// The scales of `tiles` tiles, which are the end of `fixed` with its `words` words.
-template <int GROUP>
-inline Device<const half> scales_of(Device<const uint> fixed, uint words, uint tiles, uint blocks) {
-  return as_halves(fixed + (words - tiles * (GROUP ? blocks : 1) * (8 * groups_of_block(GROUP))));
-}
+// A weight in one array: codes (tiles, blocks, 128 * BITS), scales, then a table to decode with and the rotation.
+template <int BITS, int GROUP>
+struct Weight {
+  CONSTANT uint CODES = 128 * BITS, SCALES = 8 * groups_of_block(GROUP);
+  uint tiles, blocks;
+  Device<const uint> codes, words, fixed;
+
+  Weight(Device<const uint> all, uint all_tiles, uint blocks_of_row)
+      : tiles(all_tiles), blocks(blocks_of_row), codes(all), words(all + tiles * blocks * CODES),
+        fixed(words + tiles * (GROUP ? blocks : 1) * SCALES) {}
+
+  uint padded() const {
+    return blocks * COLUMNS_OF_BLOCK;
+  }
+
+  Device<const half> scales() const {
+    return as_halves(words);
+  }
+
+  // The weight of one of COUNT experts, whose tiles follow each other.
+  template <int COUNT>
+  Weight expert(uint which) const {
+    Weight one = *this;
+    one.tiles = tiles / COUNT;
+    one.codes = codes + which * one.tiles * blocks * CODES;
+    one.words = words + which * one.tiles * (GROUP ? blocks : 1) * SCALES;
+    return one;
+  }
+};
 
 // NVIDIA's matrix units have eight columns. Where there are fewer rows of activations, several runs of 32 of their values
 // take them side by side: lane (g, t) loads those of row g % COLUMNS and of run g / COLUMNS, and of the products only those
@@ -212,9 +237,9 @@ struct Block {
   Words<BITS> words;
   Scales<GROUPS> scales;
 
-  Block(Device<const uint> all, Device<const half> scales_of_all, uint tile, uint blocks, uint block, uint lane)
-      : codes(all + (tile * blocks + block) * (128 * BITS) + 4 * lane),
-        factors(scales_of_all + ((GROUP ? tile * blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
+  Block(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane)
+      : codes(weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane),
+        factors(weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
 
   void load() {
     words = load_words<BITS>(codes);
@@ -300,16 +325,16 @@ inline float add_slices(Shared<float> partial, uint row, uint output) {
   return sum;
 }
 
-// What becomes of sums: times the activations' scales, with ADDED plus a row or one row for all.
-template <bool ADDED, typename T, typename SCALES>
+// What becomes of sums: times the activations' factors, with ADDED plus a row or one row for all.
+template <bool ADDED, typename T, typename FACTORS>
 struct Result {
   Device<T> out;
-  SCALES x_scales;
+  FACTORS factors;
   Device<const T> added;
   uint rows, added_rows;
 
   float scaled(float sum, uint output) const {
-    return rounded<T>(sum * x_scales[output]);
+    return rounded<T>(sum * factors[output]);
   }
 
   void write(uint row, uint output, float value) const {
@@ -322,20 +347,19 @@ struct Result {
 
 // Columns `group_y` of x, made ready before, times tile `tile`.
 template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
-inline void matvec(Device<const half> x, Device<const uint> codes, Device<const half> scales, Device<const uint> table,
-                   const thread RESULT& result, Shared<float> partial, uint columns, uint blocks, uint tile, uint group_y,
-                   uint slice, uint lane) {
-  Table values = load_table(table);
-  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
-  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, blocks * COLUMNS_OF_BLOCK, first, end, lane);
-  Block<BITS, GROUP> next(codes, scales, tile, blocks, slice, lane);
+inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight, const thread RESULT& result,
+                   Shared<float> partial, uint columns, uint tile, uint group_y, uint slice, uint lane) {
+  Table values = load_table(weight.fixed);
+  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns, blocks = weight.blocks;
+  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, weight.padded(), first, end, lane);
+  Block<BITS, GROUP> next(weight, tile, slice, lane);
   if (slice < blocks) {
     next.load();
   }
   Sums<COLUMNS, NVIDIA> total;
   total.clear();
   multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, values, slice, blocks, lane, total);
-  store_sums<GROUP>(total, scales, partial, tile, slice, lane);
+  store_sums<GROUP>(total, weight.scales(), partial, tile, slice, lane);
   barrier();
   for (uint i = slice * 32 + lane; i < 16 * (end - first) / PARTS; i += 32 * SLICES) {
     uint output = first / PARTS + i / 16;

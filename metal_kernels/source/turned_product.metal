@@ -87,14 +87,12 @@ struct TileWalk {
   CONSTANT uint STEP = THREADGROUPS * TEAMS;
   Block<BITS, GROUP> next;
   Table values;
-  Device<const uint> codes;
-  Device<const half> scales;
+  Weight<BITS, GROUP> weight;
   uint end, tile, team, slice, lane;
 
-  TileWalk(Device<const uint> all_codes, Device<const half> all_scales, Device<const uint> table, uint tiles, uint group,
-           uint index)
-      : next(all_codes, all_scales, group + index / (32 * SLICES) * THREADGROUPS, BLOCKS, index / 32 % SLICES, index % 32),
-        values(load_table(table)), codes(all_codes), scales(all_scales), end(tiles / EACH),
+  TileWalk(const thread Weight<BITS, GROUP>& all, uint group, uint index)
+      : next(all, group + index / (32 * SLICES) * THREADGROUPS, index / 32 % SLICES, index % 32),
+        values(load_table(all.fixed)), weight(all), end(all.tiles / EACH),
         tile(group + index / (32 * SLICES) * THREADGROUPS), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
         lane(index % 32) {
     if (slice < BLOCKS && tile < end) {
@@ -103,7 +101,7 @@ struct TileWalk {
   }
 
   void seek(uint wanted) {
-    next = Block<BITS, GROUP>(codes, scales, wanted, BLOCKS, slice, lane);
+    next = Block<BITS, GROUP>(weight, wanted, slice, lane);
     if (slice < BLOCKS) {
       next.load();
     }
@@ -121,7 +119,7 @@ struct TileWalk {
       } else if (tile + STEP < end) {
         seek(tile + STEP);
       }
-      store_sums<GROUP>(total, scales, partial + j * PARTIAL, tile + j * end, slice, lane);
+      store_sums<GROUP>(total, weight.scales(), partial + j * PARTIAL, tile + j * end, slice, lane);
     }
   }
 

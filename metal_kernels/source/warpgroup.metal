@@ -91,19 +91,19 @@ struct WarpgroupSums {
   }
 
   // Results of one thread to `results` (COLUMNS / PARTS, stride), their first output `first`.
-  template <int PARTS, typename T>
-  void store(Shared<T> results, int stride, Device<const float> x_scales, uint first, uint end, uint index) const {
+  template <int PARTS, typename T, typename FACTORS>
+  void store(Shared<T> results, int stride, const thread FACTORS& factors, uint first, uint end, uint index) const {
     uint row = index / 32 * 16 + index % 32 / 4;
     UNROLL
     for (int i = 0; i < COLUMNS / PARTS / 4; i++) {
       // With two parts, the two columns that a thread has of each piece of eight are one output.
       uint output = PARTS == 2 ? 4 * i + index % 4 : 8 * (i / 2) + 2 * (index % 4) + i % 2;
-      float scale = x_scales[first + output < end ? first + output : end - 1];
+      float factor = factors[first + output < end ? first + output : end - 1];
       UNROLL
       for (int half_tile = 0; half_tile < 2; half_tile++) {
         int from = PARTS == 2 ? 4 * i + 2 * half_tile : 4 * (i / 2) + i % 2 + 2 * half_tile;
         float sum = PARTS == 2 ? at[from] + at[from + PARTS - 1] : at[from];
-        results[output * stride + row + 8 * half_tile] = static_cast<T>(sum * scale);
+        results[output * stride + row + 8 * half_tile] = static_cast<T>(sum * factor);
       }
     }
   }
@@ -130,20 +130,20 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 
 // staged: 4 * 8 * COLUMNS vectors; in the same memory, after them, results: COLUMNS / PARTS rows of 64 * WARPGROUPS
 // values and 16 bytes, a gap against bank conflicts.
-template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, typename T>
-inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales, Device<const uint> codes,
-                             Device<const half> scales, Device<const uint> table, Device<T> out, Shared<uint4> staged,
-                             Shared<T> results, Shared<Arrival> arrived, uint outputs, uint tiles, uint blocks,
-                             uint rows, uint group_x, uint group_y, uint index) {
+template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
+inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
+                             const thread Weight<BITS, GROUP>& weight, Device<T> out, Shared<uint4> staged,
+                             Shared<T> results, Shared<Arrival> arrived, uint outputs, uint rows, uint group_x,
+                             uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
-  uint tile = group_x * (4 * WARPGROUPS) + index / 32, units = 4 * blocks;
-  Block<BITS, GROUP> weights(codes, scales, tile < tiles ? tile : tiles - 1, blocks, 0, index % 32), next = weights;
+  uint tile = group_x * (4 * WARPGROUPS) + index / 32, tiles = weight.tiles, blocks = weight.blocks, units = 4 * blocks;
+  Block<BITS, GROUP> weights(weight, tile < tiles ? tile : tiles - 1, 0, index % 32), next = weights;
   weights.load();
   Stages<COLUMNS> stages{x + group_y * COLUMNS * (64 * units), 64 * 64 * units, staged, arrived};
   if (index == 0) {
     stages.begin();
   }
-  Table values = load_table(table);
+  Table values = load_table(weight.fixed);
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
   Planes<COUNT> planes[2];
@@ -180,7 +180,7 @@ inline void warpgroup_matmul(Device<const half> x, Device<const float> x_scales,
   wait_for_products<0>();
   barrier();
   uint first = group_y * (COLUMNS / PARTS);
-  sums.template store<PARTS>(results, STRIDE, x_scales, first, outputs, index);
+  sums.template store<PARTS>(results, STRIDE, factors, first, outputs, index);
   barrier();
   write_results<COLUMNS / PARTS, ROWS, 128 * WARPGROUPS>(results, STRIDE, out, group_x * ROWS, rows, first, outputs,
                                                          index);

@@ -47,7 +47,9 @@ def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
     _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16)
-    ready = Activations(mx.zeros((hadamard.PIECE_ROWS, 512), mx.float16), mx.ones((65,)), 65, 1, in_pieces=True)
+    ready = Activations(
+        mx.zeros((65, hadamard.PIECE_ROWS * 512 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
+    )
     with pytest.raises(EmulatorError, match="nobody asked for"):
         on_machine(
             tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16)], ("unit + 3 < units", "unit + 4 < units")

@@ -1,0 +1,43 @@
+// Where activations made ready for products lie: one array of rows of `padded` halves, then what restores the rows.
+#pragma once
+
+namespace turboquant {
+
+// Where a value goes in (rows, padded); PIECES: in pieces of 64 rows and 64 columns, which follow each other in the order
+// of columns, then of rows. A line of a piece is a row, its columns (p, t, s, h, e), see codes.metal, in the order
+// (p, s, h, t, e) that a matrix unit takes them in, and its vectors of eight turned as `descriptor` says.
+template <bool PIECES>
+inline uint place_of(uint row, uint column, uint padded) {
+  if (!PIECES) {
+    return row * padded + column;
+  }
+  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 64 * (padded / 64) + column / 64) * 64 + row % 64;
+  return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
+}
+
+// Rows that `count` rows take up: PIECES: twice 64 at a time.
+template <bool PIECES>
+inline uint rows_held(uint count) {
+  return PIECES ? (count + 127) / 128 * 128 : count;
+}
+
+// What restores rows: powers of two, whose exponents as floats have them are halves, one a row; without SCALED, one.
+template <bool SCALED>
+struct Factors {
+  Device<const half> exponents;
+
+  // After `held` rows of x.
+  Factors(Device<const half> x, uint held, uint padded) : exponents(x + held * padded) {}
+
+  Factors from(uint row) const {
+    Factors rest = *this;
+    rest.exponents = exponents + row;
+    return rest;
+  }
+
+  float operator[](uint row) const {
+    return SCALED ? bits_float(uint(static_cast<float>(exponents[row])) << 23) : 1.0f;
+  }
+};
+
+} // namespace turboquant
