@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import microseconds, on_gpu, report
+from benchmarks.harness import Run, microseconds, on_gpu, path_of, report
 from quant_engine.kv_cache import cache_code
 
 HEADS, KV_HEADS, SIZE, GROUP = 32, 8, 128, 64
@@ -26,24 +26,23 @@ def measure(batch: int, tokens: int, queries: int, caches: list[str]) -> list[di
     whole = [mx.random.normal((batch, KV_HEADS, tokens, SIZE), dtype) for _ in range(count)]
     mx.eval(q, whole)
     mask, scale = "causal" if queries > 1 else None, SIZE**-0.5
-    calls = 16 if on_gpu() else 5
-    full = microseconds(lambda i: mx.fast.scaled_dot_product_attention(
-        q, whole[i % count], whole[(i + 1) % count], scale=scale, mask=mask), calls)  # fmt: skip
-    head = {"batch": batch, "tokens": tokens, "queries": queries}
-    made = [head | {"cache": "float", "us": full, "times_float": 1.0, "path": "mlx",
-                    "mb": 2 * batch * KV_HEADS * tokens * SIZE * dtype.size / 1e6}]  # fmt: skip
+    runs: list[Run] = [lambda i: mx.fast.scaled_dot_product_attention(
+        q, whole[i % count], whole[(i + 1) % count], scale=scale, mask=mask)]  # fmt: skip
+    sizes = [2 * batch * KV_HEADS * tokens * SIZE * dtype.size]
     for cache in caches:
         key_bits, value_bits = map(int, cache.split("/"))
         codes = cache_code(SIZE, key_bits, GROUP, 0), cache_code(SIZE, value_bits, GROUP, 1)
         held = [tuple(metal_kernels.pack_cache(x, code) for code in codes) for x in whole]
         mx.eval(held)
-        metal_kernels.reset_paths()
-        us = microseconds(lambda i, held=held, codes=codes: metal_kernels.packed_attention(
-            q, *held[i % count], *codes, length=tokens, scale=scale, mask=mask), calls)  # fmt: skip
-        nbytes = sum(a.nbytes for pair in held[0] for a in pair)
-        made.append(head | {"cache": cache, "us": us, "times_float": full / us, "path": metal_kernels.kernel_path(),
-                            "mb": nbytes / 1e6})  # fmt: skip
-    return made
+        runs.append(lambda i, held=held, codes=codes: metal_kernels.packed_attention(
+            q, *held[i % count], *codes, length=tokens, scale=scale, mask=mask))  # fmt: skip
+        sizes.append(sum(a.nbytes for pair in held[0] for a in pair))
+    times = microseconds(runs, 16 if on_gpu() else 5)
+    return [
+        {"batch": batch, "tokens": tokens, "queries": queries, "cache": cache, "us": us, "times_float": times[0] / us,
+         "path": "mlx" if cache == "float" else path_of(run), "mb": nbytes / 1e6}
+        for cache, run, us, nbytes in zip(["float", *caches], runs, times, sizes, strict=True)
+    ]  # fmt: skip
 
 
 def main() -> None:

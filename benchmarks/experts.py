@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import microseconds, on_gpu, report
+from benchmarks.harness import Run, microseconds, on_gpu, path_of, report
 from benchmarks.matvec import GROUP
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
@@ -43,30 +43,23 @@ def measure(count: int, active: int, width: int, tokens: int, bits: list[int]) -
     chosen = [_choices(count, active, tokens, ordered, seed) for seed in range(CHOICES)]
     mx.eval(x, chosen)
     floats = mx.random.normal((count, width, width), dtype)
-    times: list[tuple[str, int, float, str]] = []
-    us = microseconds(lambda i, floats=floats: mx.gather_mm(
-        x, floats.swapaxes(-1, -2), rhs_indices=chosen[i % CHOICES], sorted_indices=ordered), CHOICES)  # fmt: skip
-    times.append(("float", 8 * dtype.size, us, "mlx"))
+    runs: list[tuple[str, int, Run]] = [("float", 8 * dtype.size, lambda i: mx.gather_mm(
+        x, floats.swapaxes(-1, -2), rhs_indices=chosen[i % CHOICES], sorted_indices=ordered))]  # fmt: skip
     for b in bits:
-        parts = mx.quantize(floats, group_size=GROUP, bits=b)
+        parts, ours = mx.quantize(floats, group_size=GROUP, bits=b), experts(count, width, b)
         mx.eval(parts)
-        us = microseconds(lambda i, b=b, parts=parts: mx.gather_qmm(
+        runs.append(("affine", b, lambda i, b=b, parts=parts: mx.gather_qmm(
             x, *parts, rhs_indices=chosen[i % CHOICES], transpose=True, group_size=GROUP, bits=b,
-            sorted_indices=ordered), CHOICES)  # fmt: skip
-        times.append(("affine", b, us, "mlx"))
-    del floats
-    for b in bits:
-        ours = experts(count, width, b)
-        metal_kernels.reset_paths()
-        us = microseconds(
-            lambda i, ours=ours: metal_kernels.expert_matmul(x, ours, chosen[i % CHOICES], ordered), CHOICES
-        )
-        times.append(("turboquant", b, us, metal_kernels.kernel_path()))
-    affine = {b: us for method, b, us, _ in times if method == "affine"}
+            sorted_indices=ordered)))  # fmt: skip
+        runs.append(("turboquant", b, lambda i, ours=ours: metal_kernels.expert_matmul(
+            x, ours, chosen[i % CHOICES], ordered)))  # fmt: skip
+    times = microseconds([run for _, _, run in runs], CHOICES)
+    affine = {b: us for (method, b, _), us in zip(runs, times, strict=True) if method == "affine"}
     return [
         {"experts": count, "active": active, "width": width, "tokens": tokens, "bits": b, "method": method, "us": us,
-         "times_affine": affine[b] / us if b in affine else None, "path": path}
-        for method, b, us, path in times
+         "times_affine": affine[b] / us if b in affine else None,
+         "path": path_of(run) if method == "turboquant" else "mlx"}
+        for (method, b, run), us in zip(runs, times, strict=True)
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,28 +41,51 @@ def on_gpu() -> bool:
     return mx.default_device() != mx.Device(mx.cpu)
 
 
-def microseconds(run: Callable[[int], mx.array], calls: int = 20, repeats: int = 7) -> float:
-    """Median microseconds of one call of `run`, which gets the call's number, over `repeats` rounds of `calls`.
+Run = Callable[[int], mx.array]
+"""A call to be timed, which gets its number."""
 
-    On a GPU a round is one graph, built before the clock starts, of as many calls as take ROUND_SECONDS or more, so
-    that launches go on while kernels run, as they do in a model: what counts is the GPU's time or that of launching,
-    whichever is longer. On a CPU each call is evaluated by itself.
+
+def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list[float]:
+    """Median microseconds of one call of each of `runs` over `repeats` rounds of `calls`.
+
+    They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all. On a GPU a
+    round is one graph, built before the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches
+    go on while kernels run, as they do in a model: what counts is the GPU's time or that of launching, whichever is
+    longer. On a CPU each call is evaluated by itself, the first of a round uncounted.
     """
-    if not on_gpu():
-        at = iter(range(10**9))
-        return 1e6 * median_seconds(lambda: mx.eval(run(next(at))), repeats=calls, warm_up=3)
-    _round(run, calls)
-    calls = min(MOST_CALLS, max(calls, round(ROUND_SECONDS / _round(run, calls))))
-    return 1e6 * statistics.median(_round(run, calls) for _ in range(repeats))
+    counts = [_calls(run, calls) if on_gpu() else calls for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, count, mine in zip(runs, counts, times, strict=True):
+            mine += [_graph(run, count)] if on_gpu() else [_call(run, i) for i in range(count + 1)][1:]
+    return [1e6 * statistics.median(mine) for mine in times]
 
 
-def _round(run: Callable[[int], mx.array], calls: int) -> float:
+def path_of(run: Run) -> str:
+    """The path of the kernels that a call takes."""
+    metal_kernels.reset_paths()
+    mx.eval(run(0))
+    return metal_kernels.kernel_path()
+
+
+def _calls(run: Run, least: int) -> int:
+    _graph(run, least)
+    return min(MOST_CALLS, max(least, round(ROUND_SECONDS / _graph(run, least))))
+
+
+def _graph(run: Run, calls: int) -> float:
     results = [run(i) for i in range(calls)]
     mx.synchronize()
     began = time.perf_counter()
     mx.eval(results)
     mx.synchronize()
     return (time.perf_counter() - began) / calls
+
+
+def _call(run: Run, number: int) -> float:
+    began = time.perf_counter()
+    mx.eval(run(number))
+    return time.perf_counter() - began
 
 
 def microseconds_in_turn(step: Callable[[mx.array, int], mx.array], x: mx.array) -> float:
@@ -77,7 +100,7 @@ def microseconds_in_turn(step: Callable[[mx.array, int], mx.array], x: mx.array)
             y = step(y, i)
         return y
 
-    return microseconds(chain, 4) / CHAIN
+    return microseconds([chain], 4)[0] / CHAIN
 
 
 def copies_of(nbytes: int) -> int:
@@ -89,7 +112,7 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of MLX's own addition of a number to a large array."""
     array = mx.ones((1 << 27 if on_gpu() else 1 << 24,), mx.float32)
     mx.eval(array)
-    return 2e6 * array.nbytes / microseconds(lambda i: array + i, 8)
+    return 2e6 * array.nbytes / microseconds([lambda i: array + i], 8)[0]
 
 
 def machine() -> str:

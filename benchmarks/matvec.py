@@ -9,14 +9,25 @@ a model's do, there and back (outputs x inputs, then inputs x outputs), the mean
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import copies_of, copy_bandwidth, microseconds, microseconds_in_turn, on_gpu, report, save
+from benchmarks.harness import (
+    Run,
+    copies_of,
+    copy_bandwidth,
+    microseconds,
+    microseconds_in_turn,
+    on_gpu,
+    path_of,
+    report,
+    save,
+)
+from metal_kernels.dispatch import record
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TileWeight
@@ -69,15 +80,16 @@ class Method:
     """
 
     name: str
+    bits: int
     weights: Callable[[int, int], list[Any]]
     scale_bytes: float
     product: Callable[[Any, Any], mx.array]
     prepare: Callable[[mx.array, Any], Any] = lambda x, _: x
 
-    def microseconds(self, x: mx.array, weights: list[Any]) -> float:
-        """Of products that do not wait for each other."""
+    def run(self, x: mx.array, weights: list[Any]) -> Run:
+        """Products that do not wait for each other."""
         ready = self.prepare(x, weights[0])
-        return microseconds(lambda i: self.product(ready, weights[i % len(weights)]))
+        return lambda i: self.product(ready, weights[i % len(weights)])
 
     def microseconds_in_turn(self, x: mx.array, there: list[Any], back: list[Any]) -> float:
         """Of products there and back, each with the result of the one before; of the two the mean."""
@@ -89,17 +101,16 @@ class Method:
 
 
 def methods(bits: int, dtype: mx.Dtype) -> list[Method]:
-    """Float for its own bits, otherwise affine and TurboQuant, on a GPU with activations rotated before too."""
-    if bits == 8 * dtype.size:
-        return [Method("float", lambda out, width: float_weights(out, width, dtype), 0, lambda x, w: x @ w.T)]
+    """Affine and TurboQuant, on a GPU with activations rotated before too."""
     made = [
-        Method("affine", lambda out, width: affine_weights(out, width, bits, dtype), 2 * dtype.size / GROUP,
+        Method("affine", bits, lambda out, width: affine_weights(out, width, bits, dtype), 2 * dtype.size / GROUP,
                lambda x, w: mx.quantized_matmul(x, *w, group_size=GROUP, bits=bits)),
-        Method("turboquant", lambda out, width: packed_weights(out, width, bits), 2 / GROUP, metal_kernels.matmul),
+        Method("turboquant", bits, lambda out, width: packed_weights(out, width, bits), 2 / GROUP,
+               metal_kernels.matmul),
     ]  # fmt: skip
     if on_gpu():
-        made.append(Method("turboquant, rotated before", lambda out, width: tile_weights(out, width, bits), 2 / GROUP,
-                           rotated_product, prepared))  # fmt: skip
+        made.append(Method("turboquant, rotated before", bits, lambda out, width: tile_weights(out, width, bits),
+                           2 / GROUP, rotated_product, prepared))  # fmt: skip
     return made
 
 
@@ -113,6 +124,7 @@ def prepared(x: mx.array, weight: TileWeight) -> Activations:
 def rotated_product(x: mx.array | Activations, weight: TileWeight) -> mx.array:
     """The product of activations that are rotated: as `prepared` gives them, or one vector of halves as it is."""
     gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
+    record(gpu, "matmul")
     ready = Activations(x, 1, scaled=False) if isinstance(x, mx.array) else x
     return products.times(ready, weight, gpu, mx.float16)
 
@@ -122,31 +134,34 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
     dtype = mx.float16 if on_gpu() else mx.float32
     vectors = {n: mx.random.normal((n, width), dtype) for n in rows}
     mx.eval(vectors)
-    made = [row for b in [8 * dtype.size, *bits] for method in methods(b, dtype)
-            for row in timed(method, vectors, out, b, read)]  # fmt: skip
-    for row in made:
-        same = [other for other in made if other["rows"] == row["rows"]]
-        affine = [other for other in same if other["method"] == "affine" and other["bits"] == row["bits"]]
-        for column, base in (("times_affine", affine), ("times_float", same)):
-            row[column] = base[0]["us"] / row["us"] if base else None
-        if "us_in_turn" in row and affine:
-            row["times_affine_in_turn"] = affine[0]["us_in_turn"] / row["us_in_turn"]
-    return sorted(made, key=lambda row: row["rows"])
-
-
-def timed(method: Method, vectors: dict[int, mx.array], out: int, bits: int, read: float) -> Iterator[dict[str, Any]]:
-    """Rows of one method's times; reading the weight's bytes would take them over `read`."""
-    width = next(iter(vectors.values())).shape[1]
-    there = method.weights(out, width)
+    of_float = Method("float", 8 * dtype.size, lambda out, width: float_weights(out, width, dtype), 0,
+                      lambda x, w: x @ w.T)  # fmt: skip
+    compared = [of_float, *(method for b in bits for method in methods(b, dtype))]
+    weights = [method.weights(out, width) for method in compared]
+    made: list[dict[str, Any]] = []
     for n, x in vectors.items():
-        metal_kernels.reset_paths()
-        row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": bits, "method": method.name}
-        row["us"] = method.microseconds(x, there)
-        row["of_read"] = 1e-6 * row["us"] * read / (out * width * (bits / 8 + method.scale_bytes))
-        if on_gpu() and n == 1:
-            row["us_in_turn"] = method.microseconds_in_turn(x, there, method.weights(width, out))
-        yield row | {"path": metal_kernels.kernel_path() if "turboquant" in method.name else "mlx"}
-        mx.clear_cache()
+        runs = [method.run(x, there) for method, there in zip(compared, weights, strict=True)]
+        times = microseconds(runs)
+        for method, there, run, us in zip(compared, weights, runs, times, strict=True):
+            row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": method.bits, "method": method.name}
+            row |= {"us": us, "of_read": 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))}
+            if on_gpu() and n == 1:
+                row["us_in_turn"] = method.microseconds_in_turn(x, there, method.weights(width, out))
+                mx.clear_cache()
+            made.append(row | {"path": path_of(run) if "turboquant" in method.name else "mlx"})
+        compare(made[-len(compared) :])
+    return made
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Give rows of one number of vectors, the first of float, their ratios to float and to affine of the same bits."""
+    affine = {row["bits"]: row for row in rows if row["method"] == "affine"}
+    for row in rows:
+        base = affine.get(row["bits"])
+        row["times_affine"] = base["us"] / row["us"] if base else None
+        row["times_float"] = rows[0]["us"] / row["us"]
+        if base and "us_in_turn" in row:
+            row["times_affine_in_turn"] = base["us_in_turn"] / row["us_in_turn"]
 
 
 def run(name: str, description: str | None, shapes: list[str], rows: list[int], bits: list[int]) -> None:
