@@ -51,13 +51,18 @@ def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all. On a GPU a
     round is one graph, built before the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches
     go on while kernels run, as they do in a model: what counts is the GPU's time or that of launching, whichever is
-    longer. On a CPU each call is evaluated by itself, the first of a round uncounted.
+    longer. Two such rounds follow each other, of which the second counts: after another's the first is slower. On a CPU
+    each call is evaluated by itself, the first of a round uncounted.
     """
     counts = [_calls(run, calls) if on_gpu() else calls for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, count, mine in zip(runs, counts, times, strict=True):
-            mine += [_graph(run, count)] if on_gpu() else [_call(run, i) for i in range(count + 1)][1:]
+            mine += (
+                [_graph(run, count) for _ in range(2)][1:]
+                if on_gpu()
+                else [_call(run, i) for i in range(count + 1)][1:]
+            )
     return [1e6 * statistics.median(mine) for mine in times]
 
 

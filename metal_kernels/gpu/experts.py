@@ -77,10 +77,8 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         return _turned_pairs(x, weight, chosen, times, shape, gpu)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
-    constants = matvec.constants(weight, ready, gpu, x.dtype, columns=ready.parts) | {
-        "EXPERTS": weight.experts,
-        "TIMES": times,
-    }
+    constants = matvec.constants(weight, ready, gpu, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
+    constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [ready.halves, weight.words, chosen]
     groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight)
     return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]

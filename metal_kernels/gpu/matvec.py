@@ -31,7 +31,7 @@ def slices_of(weight: TileWeight) -> int:
 def constants(
     weight: TileWeight, x: Activations, dialect: Dialect, dtype: mx.Dtype, columns: int
 ) -> dict[str, int | bool | mx.Dtype]:
-    """The kernel's compile-time values; columns, 1, 2, 4 or 8: rows of halves that share a decoded weight."""
+    """The kernel's compile-time values but `shapes`; columns, 1, 2, 4 or 8: rows of halves for a decoded weight."""
     return {
         "BITS": weight.bits,
         "GROUP": weight.group,
@@ -43,6 +43,11 @@ def constants(
     } | x.constants
 
 
+def shapes(weight: TileWeight, n: int) -> dict[str, int | bool | mx.Dtype]:
+    """A weight's shape and n rows of activations as compile-time values: MLX takes time for a shape at each launch."""
+    return {"ALL_TILES": weight.words.shape[0], "BLOCKS": weight.blocks, "COUNT": n}
+
+
 def matvec(
     x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, added: mx.array | None = None
 ) -> mx.array:
@@ -51,7 +56,8 @@ def matvec(
     In `dtype`, which is that of `added`.
     """
     columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
-    values = constants(weight, x, dialect, dtype, columns) | {"ADDED": added is not None}
+    values = constants(weight, x, dialect, dtype, columns) | shapes(weight, x.n)
+    values["ADDED"] = 0 if added is None else len(added)
     groups = (weight.tiles, -(-x.n * x.parts // columns))
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
     inputs = [x.halves, weight.words, *more]

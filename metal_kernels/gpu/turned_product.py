@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
-from metal_kernels.gpu.matvec import COLUMNS
+from metal_kernels.gpu.matvec import COLUMNS, shapes
 from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
@@ -83,8 +83,8 @@ def turned_product(
     """
     walk = walk_of(weight, gpu, gates=gates)
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
-    more |= {"ADDED": added is not None, "FIRST": first} | walk.constants
     n = first or len(x)
+    more |= {"ADDED": 0 if added is None else len(added)} | walk.constants
     besides = [*([norm.weight] if norm else []), *([] if added is None else [added])]
     kernel = (ALONE, ONE, TURNED_PRODUCT)[len(besides)]
     inputs = [x, *besides[:1], weight.words, *besides[1:]]
@@ -108,7 +108,7 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
         "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": min(at_once, layout.values), "TRANSFORM": weight.block > 1,
         "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
-    }  # fmt: skip
+    } | shapes(weight, n)  # fmt: skip
 
 
 @dataclass(frozen=True)

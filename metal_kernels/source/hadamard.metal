@@ -261,7 +261,7 @@ struct Target {
   }
 };
 
-// Rotates block `group` of x (rows, WIDTH); SHARED_OUT: run group % ODD of block group / ODD, all of which is read.
+// Rotates block `group` of `groups` of x (rows, WIDTH); SHARED_OUT: run group % ODD of block group / ODD, all of which is read.
 //
 // PARTS 0: to out (rows, WIDTH). Otherwise to out (rows * PARTS, PADDED) of halves, zeros after WIDTH, with SCALED times a
 // power of two, and after them the exponents of its inverses, as `Factors` reads them; PARTS 2 writes the half and the half
@@ -269,7 +269,7 @@ struct Target {
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
           bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uint> odd, Device<OUT> out,
-                   Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint rows, uint group,
+                   Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint groups, uint group,
                    uint index) {
   using Mine = Turn<ODD, POWER, THREADS, TRANSFORM, KIND>;
   constexpr uint BLOCKS = WIDTH / Mine::SIZE, RUNS = SHARED_OUT ? ODD : 1, EACH_ROW = PARTS > 0 ? PARTS : 1;
@@ -308,6 +308,7 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
   }
   if (PARTS > 0 && start == 0 && run == 0) {
     if (SCALED && index == 0) {
+      uint rows = groups / (RUNS * BLOCKS);
       out[rows_held<PIECES>(rows * PARTS) * PADDED + row] = static_cast<OUT>(static_cast<float>(254u - exponent));
     }
     for (uint i = index; i < uint(PADDED - WIDTH) * PARTS; i += THREADS) {

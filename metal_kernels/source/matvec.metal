@@ -325,13 +325,13 @@ inline float add_slices(Shared<float> partial, uint row, uint output) {
   return sum;
 }
 
-// What becomes of sums: times the activations' factors, with ADDED plus a row or one row for all.
-template <bool ADDED, typename T, typename FACTORS>
+// What becomes of sums: times the activations' factors, plus one of ADDED rows, or the one row for all.
+template <int ADDED, typename T, typename FACTORS>
 struct Result {
   Device<T> out;
   FACTORS factors;
   Device<const T> added;
-  uint rows, added_rows;
+  uint rows;
 
   float scaled(float sum, uint output) const {
     return rounded<T>(sum * factors[output]);
@@ -339,7 +339,7 @@ struct Result {
 
   void write(uint row, uint output, float value) const {
     if (row < rows) {
-      float more = ADDED ? static_cast<float>(added[(added_rows > 1 ? output : 0) * rows + row]) : 0;
+      float more = ADDED > 0 ? static_cast<float>(added[(ADDED > 1 ? output : 0) * rows + row]) : 0;
       out[output * rows + row] = static_cast<T>(value + more);
     }
   }
