@@ -15,6 +15,8 @@ TOLERANCE = 0.02
 """Of the largest value: what rounding to float16 leaves far below, and a wrong lane does not."""
 
 BITS, GROUP, ROWS, WIDTH, TOKENS = 3, 32, 40, 128, 40
+MANY = 80
+"""Rows of activations that are many for every kernel."""
 _CODEBOOK = (-2.152, -1.344, -0.756, -0.2451, 0.2451, 0.756, 1.344, 2.152)
 
 
@@ -51,9 +53,13 @@ def _activations(*shape: int) -> mx.array:
 
 
 def _product(gpu: Gpu) -> tuple[mx.array, mx.array]:
-    x, signs, codes = _activations(3), _signs(), _matrix(0)
-    ours = products.product(x, tiles.arrange(*codes, _CODEBOOK, signs, WIDTH), gpu)
-    return ours, reference.matmul(reference.rotate(x.astype(mx.float32), signs, WIDTH), *codes, _CODEBOOK)
+    """Of few rows and of many, which have kernels of their own."""
+    x, signs, codes = _activations(MANY), _signs(), _matrix(0)
+    weight = tiles.arrange(*codes, _CODEBOOK, signs, WIDTH)
+    right = reference.matmul(reference.rotate(x.astype(mx.float32), signs, WIDTH), *codes, _CODEBOOK)
+    return mx.concatenate([products.product(rows, weight, gpu) for rows in (x[:3], x)]), mx.concatenate(
+        [right[:3], right]
+    )
 
 
 def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
@@ -68,12 +74,17 @@ def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
 
 
 def _experts(gpu: Gpu) -> tuple[mx.array, mx.array]:
-    x, signs, each = _activations(2, 1, 1), _signs(), [_matrix(e) for e in range(3)]
-    chosen = mx.array([[2, 0], [1, 2]], dtype=mx.uint32)
+    """Of pairs of a row and an expert, and of rows in the order of their experts, few and many."""
+    signs, each, made = _signs(), [_matrix(e) for e in range(3)], list[tuple[mx.array, mx.array]]()
     weight = experts.stack([tiles.arrange(*codes, _CODEBOOK, signs, WIDTH) for codes in each])
-    rotated = reference.rotate(x.astype(mx.float32), signs, WIDTH)
     values = [reference.dequantize(*codes, _CODEBOOK) for codes in each]
-    return experts.expert_product(x, weight, chosen, False, gpu), reference.expert_matmul(rotated, values, chosen)
+    pairs = _activations(2, 1, 1), mx.array([[2, 0], [1, 2]], dtype=mx.uint32)
+    in_order = [(_activations(n, 1), mx.arange(n, dtype=mx.uint32) * 3 // n) for n in (9, MANY)]
+    for x, chosen in (pairs, *in_order):
+        rotated = reference.rotate(x.astype(mx.float32), signs, WIDTH)
+        ours = experts.expert_product(x, weight, chosen, chosen.ndim == 1, gpu)
+        made.append((ours.reshape(-1), reference.expert_matmul(rotated, values, chosen).reshape(-1)))
+    return mx.concatenate([ours for ours, _ in made]), mx.concatenate([right for _, right in made])
 
 
 def _head() -> attention.HeadCode:
