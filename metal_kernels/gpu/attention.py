@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import mlx.core as mx
@@ -18,7 +18,12 @@ FEW, FEW_QUERIES = 4096, 8
 """Heads of keys, and queries of a row, up to which a launch takes more time than its arithmetic."""
 SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
-TOKENS_AT_ONCE = 16 * SIMDGROUPS
+TOKENS_AT_ONCE = 64
+"""Tokens that a threadgroup takes in a turn."""
+MANY_ROWS, MOST_SIZE = 64, 128
+"""Rows of queries of a head of keys from which on as many share decoded tiles, and the largest head that these hold."""
+TILE_SIMDGROUPS: dict[Gpu, int] = {"cuda": 4, "metal": 8}
+"""Of a threadgroup that does so: 16 rows each on NVIDIA, 8 on Apple's, which have fewer registers."""
 THREADGROUPS = 264
 """Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
@@ -28,6 +33,9 @@ ATTEND = Kernel(
     inputs=("queries", "k_fixed", "keys", "k_scales", "v_fixed", "values", "v_scales", "length", "bias"),
     outputs=("out",),
 )
+
+ATTEND_TILES = replace(ATTEND, name="turboquant_attention_tiles", sources=("attention_tiles.metal",))
+"""For many rows of queries, which share what is decoded."""
 
 JOIN = Kernel(
     name="turboquant_attention_parts",
@@ -186,20 +194,25 @@ def attend_parts(
     batch, heads, rows, _ = queries.shape
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
-    rows_at_once = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
+    in_tiles = rows_of_head >= MANY_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
+    few = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
+    rows_at_once, simdgroups = (MANY_ROWS, TILE_SIMDGROUPS[kind.gpu]) if in_tiles else (few, SIMDGROUPS)
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
-        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
-        "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
+        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor),
+        "SIMDGROUPS": simdgroups, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
         "T": queries.dtype,
     }  # fmt: skip
     parts = parts_of(room, THREADGROUPS // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
-    return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
+    if not in_tiles:
+        constants["ROWS"] = rows_at_once
+    kernel = ATTEND_TILES if in_tiles else ATTEND
+    return kernel.launch(inputs, [out], (parts, tiles), SIMD * simdgroups, constants)[0]
 
 
 def parts_of(room: int, most: int, tokens: int) -> int:

@@ -36,6 +36,13 @@ struct Sight {
     return first + rows > queries ? queries - 1 : first + rows - 1;
   }
 
+  // Whether `count` rows from `row` on see all of `many` tokens from `token` on.
+  bool sees_all(uint row, uint count, uint token, uint many, uint end) const {
+    uint query = (first_row + row) % queries;
+    uint least = query + count > queries ? 0 : query;
+    return token + many <= end && MASK < 2 && (MASK == 0 || token + many + queries <= length + least + 1);
+  }
+
   // The score of a row and token, in powers of two, with what masks do to it.
   float score(float value, uint row, uint token, uint end) const {
     if (token >= end || (MASK == 2 && row >= rows)) {
