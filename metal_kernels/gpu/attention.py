@@ -20,10 +20,12 @@ SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 64
 """Tokens that a threadgroup takes in a turn."""
-MANY_ROWS, MOST_SIZE = 64, 128
-"""Rows of queries of a head of keys from which on as many share decoded tiles, and the largest head that these hold."""
-TILE_SIMDGROUPS: dict[Gpu, int] = {"cuda": 4, "metal": 8}
-"""Of a threadgroup that does so: 16 rows each on NVIDIA, 8 on Apple's, which have fewer registers."""
+TILE_ROWS: dict[Gpu, int] = {"cuda": 64, "metal": 64}
+"""Rows of queries of a head of keys that share decoded tiles, where there are as many."""
+STRIP: dict[Gpu, int] = {"cuda": 16, "metal": 8}
+"""Those of a simdgroup: fewer on Apple's GPUs, which have fewer registers."""
+MOST_SIZE = 128
+"""Values of the largest head that tiles hold."""
 THREADGROUPS = 264
 """Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
@@ -167,15 +169,16 @@ def _attend(
     sinks: mx.array | None,
 ) -> mx.array:
     parts = attend_parts(kind, queries, (key_codes, key_scales), (value_codes, value_scales), length, bias)
+    joining = JOINING if parts.shape[1] > 1 else 1
     batch, heads, rows, _ = queries.shape
     code = kind.values
     constants = {
-        "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": JOINING, "SINKS": sinks is not None,
+        "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": joining, "SINKS": sinks is not None,
         "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
     inputs = [parts, constant(0.0) if sinks is None else _padded(sinks), code.fixed]
     out = ((batch, heads, rows, code.size), queries.dtype)
-    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * JOINING, constants)[0]
+    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * joining, constants)[0]
 
 
 def attend_parts(
@@ -194,9 +197,11 @@ def attend_parts(
     batch, heads, rows, _ = queries.shape
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
-    in_tiles = rows_of_head >= MANY_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
-    few = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
-    rows_at_once, simdgroups = (MANY_ROWS, TILE_SIMDGROUPS[kind.gpu]) if in_tiles else (few, SIMDGROUPS)
+    in_tiles = rows_of_head >= TILE_ROWS[kind.gpu] and max(of_keys.size, of_values.size) <= MOST_SIZE
+    if in_tiles:
+        rows_at_once, simdgroups = TILE_ROWS[kind.gpu], TILE_ROWS[kind.gpu] // STRIP[kind.gpu]
+    else:
+        rows_at_once, simdgroups = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16, SIMDGROUPS
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {

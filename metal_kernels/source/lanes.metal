@@ -3,10 +3,6 @@
 
 namespace turboquant {
 
-inline float larger(float a, float b) {
-  return a > b ? a : b;
-}
-
 inline float sum_over_lanes(float value) {
   UNROLL
   for (int distance = 1; distance < 32; distance *= 2) {

@@ -155,6 +155,10 @@ __device__ inline float power_of_two(float exponent) {
   return power;
 }
 
+__device__ inline float larger(float a, float b) {
+  return fmaxf(a, b);
+}
+
 __device__ inline uint float_bits(float value) {
   return __float_as_uint(value);
 }

@@ -134,6 +134,10 @@ inline float power_of_two(float exponent) {
   return std::exp2(exponent);
 }
 
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+
 inline uint float_bits(float value) {
   return emulator::bits_as<uint>(value);
 }

@@ -109,6 +109,10 @@ inline float power_of_two(float exponent) {
   return exp2(exponent);
 }
 
+inline float larger(float a, float b) {
+  return fmax(a, b);
+}
+
 inline uint float_bits(float value) {
   return as_type<uint>(value);
 }

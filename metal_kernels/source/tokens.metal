@@ -23,15 +23,25 @@ struct Stream {
   uint at[WORDS + 1];
 
   void load(Device<const uint> head, uint which) {
-    uint word = which * SIZE / 32, shift = which * SIZE % 32, last = SIZE * RUNS / 32 - 1;
+    fetch(head, which);
+    align(which);
+  }
+
+  // The words that it touches.
+  void fetch(Device<const uint> head, uint which) {
+    uint word = which * SIZE / 32, last = SIZE * RUNS / 32 - 1;
     UNROLL
     for (int i = 0; i < WORDS + 1; i++) {
       at[i] = i < TOUCHED ? head[INSIDE || word + i < last ? word + i : last] : 0;
     }
+  }
+
+  // Moves what was fetched to bit 0.
+  void align(uint which) {
     if (!ALIGNED) {
       UNROLL
       for (int i = 0; i < WORDS; i++) {
-        at[i] = shift_right(at[i], at[i + 1], shift);
+        at[i] = shift_right(at[i], at[i + 1], which * SIZE % 32);
       }
       at[WORDS] = 0;
     }

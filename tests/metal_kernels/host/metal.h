@@ -31,6 +31,7 @@ float simd_shuffle(float value, ushort lane);
 float simd_shuffle_xor(float value, ushort distance);
 float exp(float value);
 float exp2(float value);
+float fmax(float a, float b);
 float sqrt(float value);
 float abs(float value);
 float rint(float value);
