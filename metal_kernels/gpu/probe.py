@@ -111,13 +111,16 @@ def _all_but_few(ours: mx.array, right: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
-    q, rotated = _activations(1, 4, 1), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
+    """Of few rows of queries and of many."""
+    q, rotated = _activations(1, 4, MANY), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
     keys, values = (reference.pack_cache(x, _CODEBOOK, GROUP) for x in rotated)
-    kind = attention.Kind(_head(), _head(), WIDTH**-0.5, causal=False, gpu=gpu)
-    ours = attention.attend(q, keys, values, kind, length=TOKENS, bias=None, sinks=None)
+    kind, options = attention.Kind(_head(), _head(), WIDTH**-0.5, causal=False, gpu=gpu), {"bias": None, "sinks": None}
+    parts = (q[:, :, :1], q)
+    ours = [attention.attend(part, keys, values, kind, length=TOKENS, **options) for part in parts]
     turned = reference.rotate(q.astype(mx.float32), _signs(), WIDTH)
     right = reference.packed_attention(turned, keys, values, (_CODEBOOK, _CODEBOOK), WIDTH**-0.5, None, None)
-    return ours, reference.unrotate(right, _signs(), WIDTH)
+    right = reference.unrotate(right, _signs(), WIDTH)
+    return mx.concatenate(ours, axis=2), mx.concatenate([right[:, :, :1], right], axis=2)
 
 
 def _decoding(gpu: Gpu) -> tuple[mx.array, mx.array]:
