@@ -20,10 +20,10 @@ SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 64
 """Tokens that a threadgroup takes in a turn."""
-TILE_ROWS: dict[Gpu, int] = {"cuda": 64, "metal": 64}
+TILE_ROWS = 64
 """Rows of queries of a head of keys that share decoded tiles, where there are as many."""
-STRIP: dict[Gpu, int] = {"cuda": 16, "metal": 8}
-"""Those of a simdgroup: fewer on Apple's GPUs, which have fewer registers."""
+STRIP: dict[Gpu, int] = {"metal": 8}
+"""Those of a simdgroup: 8 on Apple's GPUs. NVIDIA's units take 16, which have yet to be timed."""
 MOST_SIZE = 128
 """Values of the largest head that tiles hold."""
 THREADGROUPS = 264
@@ -197,9 +197,9 @@ def attend_parts(
     batch, heads, rows, _ = queries.shape
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
-    in_tiles = rows_of_head >= TILE_ROWS[kind.gpu] and max(of_keys.size, of_values.size) <= MOST_SIZE
+    in_tiles = kind.gpu in STRIP and rows_of_head >= TILE_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
     if in_tiles:
-        rows_at_once, simdgroups = TILE_ROWS[kind.gpu], TILE_ROWS[kind.gpu] // STRIP[kind.gpu]
+        rows_at_once, simdgroups = TILE_ROWS, TILE_ROWS // STRIP[kind.gpu]
     else:
         rows_at_once, simdgroups = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16, SIMDGROUPS
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
