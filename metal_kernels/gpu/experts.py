@@ -45,8 +45,8 @@ MATRIX_ROWS = 16
 def stack(weights: Sequence[TileWeight]) -> TileWeight:
     """Experts' weights of one recipe and rotation as one."""
     first = weights[0]
-    codes, scales = mx.concatenate([w.codes for w in weights]), mx.concatenate([w.scales for w in weights])
-    return TileWeight(in_one(codes, scales, first.fixed), first.fixed, *first.recipe[:-1], len(weights))
+    words = in_one([w.codes for w in weights], [w.scales for w in weights], first.fixed)
+    return TileWeight(words, first.fixed, *first.recipe[:-1], len(weights))
 
 
 def expert_product(x: mx.array, weight: TileWeight, indices: mx.array, in_order: bool, gpu: Gpu) -> mx.array:

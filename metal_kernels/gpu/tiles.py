@@ -1,6 +1,7 @@
 """Weights laid out for a GPU: built once from the canonical layout; `source/codes.metal` describes the words."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -145,17 +146,20 @@ def arrange(
     for first in range(0, rows, step):
         parts.append(_tiles(packed[first : first + step], bits, width))
         mx.eval(parts[-1])
-    codes = mx.concatenate(parts)
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
-    tiled = _tile_scales(scales, group, codes.shape[1])
+    tiled = _tile_scales(scales, group, parts[0].shape[1])
     fixed = fixed_words(decoding_table(codebook), signs, block, width)
-    return TileWeight(in_one(codes, tiled, fixed), fixed, bits, group, rows, width, block)
+    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block)
 
 
-def in_one(codes: mx.array, scales: mx.array, fixed: mx.array) -> mx.array:
-    """The words of a weight, see `TileWeight`: as many for each block as make room for all."""
-    tiles, blocks = codes.shape[:2]
-    parts = [codes.reshape(-1), mx.contiguous(scales).reshape(-1).view(mx.uint32), fixed]
+def in_one(codes: Sequence[mx.array], scales: Sequence[mx.array], fixed: mx.array) -> mx.array:
+    """The words of a weight, see `TileWeight`, whose tiles' codes and scales come in pieces.
+
+    As many words for each block as make room for all.
+    """
+    tiles, blocks = sum(map(len, codes)), codes[0].shape[1]
+    words = [mx.contiguous(piece).reshape(-1).view(mx.uint32) for piece in scales]
+    parts = [*(piece.reshape(-1) for piece in codes), *words, fixed]
     spare = -sum(part.size for part in parts) % (tiles * blocks)
     return made(mx.concatenate([*parts, mx.zeros((spare,), mx.uint32)]).reshape(tiles, blocks, -1))
 
