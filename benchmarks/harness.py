@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-ROUND_SECONDS, MOST_CALLS, CHAIN = 16e-3, 400, 50
+ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN = 16e-3, 400, 5, 50
 
 
 def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 2) -> float:
@@ -46,24 +47,21 @@ Run = Callable[[int], mx.array]
 
 
 def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list[float]:
-    """Median microseconds of one call of each of `runs` over `repeats` rounds of `calls`.
+    """Median microseconds of one call of each of `runs`, on a GPU over `repeats` rounds of `calls`.
 
-    They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all. On a GPU a
-    round is one graph, built before the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches
-    go on while kernels run, as they do in a model: what counts is the GPU's time or that of launching, whichever is
-    longer. Two such rounds follow each other, of which the second counts: after another's the first is slower. On a CPU
-    each call is evaluated by itself, the first of a round uncounted.
+    They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
+    has another, uncounted, before it: what follows other calls is slower. On a GPU a round is one graph, built before
+    the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches go on while kernels run, as they
+    do in a model: what counts is the GPU's time or that of launching, whichever is longer. On a CPU it is one of
+    `calls`, ROUND of them in a turn.
     """
-    counts = [_calls(run, calls) if on_gpu() else calls for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, count, mine in zip(runs, counts, times, strict=True):
-            mine += (
-                [_graph(run, count) for _ in range(2)][1:]
-                if on_gpu()
-                else [_call(run, i) for i in range(count + 1)][1:]
-            )
-    return [1e6 * statistics.median(mine) for mine in times]
+    if on_gpu():
+        counts = [_calls(run, calls) for run in runs]
+        turns = [[[_graph(run, count) for _ in range(2)][1:] for run, count in zip(runs, counts, strict=True)]
+                 for _ in range(repeats)]  # fmt: skip
+    else:
+        turns = [[[_call(run, i) for i in range(ROUND + 1)][1:] for run in runs] for _ in range(-(-calls // ROUND))]
+    return [1e6 * statistics.median(chain.from_iterable(times)) for times in zip(*turns, strict=True)]
 
 
 def path_of(run: Run) -> str:
@@ -99,13 +97,13 @@ def microseconds_in_turn(step: Callable[[mx.array, int], mx.array], x: mx.array)
     For a GPU, where calls that do not wait for each other run side by side.
     """
 
-    def chain(_: int) -> mx.array:
+    def in_turn(_: int) -> mx.array:
         y = x
         for i in range(CHAIN):
             y = step(y, i)
         return y
 
-    return microseconds([chain], 4)[0] / CHAIN
+    return microseconds([in_turn], 4)[0] / CHAIN
 
 
 def copies_of(nbytes: int) -> int:
