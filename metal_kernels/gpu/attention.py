@@ -198,10 +198,9 @@ def attend_parts(
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
     in_tiles = kind.gpu in STRIP and rows_of_head >= TILE_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
-    if in_tiles:
-        rows_at_once, simdgroups = TILE_ROWS, TILE_ROWS // STRIP[kind.gpu]
-    else:
-        rows_at_once, simdgroups = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16, SIMDGROUPS
+    few = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
+    rows_at_once = TILE_ROWS if in_tiles else few
+    simdgroups = TILE_ROWS // STRIP[kind.gpu] if in_tiles else SIMDGROUPS
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {

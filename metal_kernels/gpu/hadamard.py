@@ -77,11 +77,8 @@ def prepare(x: mx.array, fixed: mx.array, block: int, gated: bool = False, in_pi
     underflow; float32 goes to two halves, 22 bits of its 24.
     """
     n, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    scaled, parts, padded = (
-        x.dtype != mx.float16,
-        2 if x.dtype == mx.float32 else 1,
-        -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS,
-    )
+    scaled, padded = x.dtype != mx.float16, -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    parts = 2 if x.dtype == mx.float32 else 1
     constants = _constants(n, width, x.dtype, block) | {
         "PARTS": parts,
         "SCALED": scaled,

@@ -57,9 +57,8 @@ def _product(gpu: Gpu) -> tuple[mx.array, mx.array]:
     x, signs, codes = _activations(MANY), _signs(), _matrix(0)
     weight = tiles.arrange(*codes, _CODEBOOK, signs, WIDTH)
     right = reference.matmul(reference.rotate(x.astype(mx.float32), signs, WIDTH), *codes, _CODEBOOK)
-    return mx.concatenate([products.product(rows, weight, gpu) for rows in (x[:3], x)]), mx.concatenate(
-        [right[:3], right]
-    )
+    ours = [products.product(rows, weight, gpu) for rows in (x[:3], x)]
+    return mx.concatenate(ours), mx.concatenate([right[:3], right])
 
 
 def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
