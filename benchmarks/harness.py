@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ import metal_kernels
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN = 16e-3, 400, 5, 50
-
-
-def median_seconds(run: Callable[[], object], repeats: int = 15, warm_up: int = 2) -> float:
-    """The median time of `run` over `repeats` calls after `warm_up` uncounted ones."""
-    times: list[float] = []
-    for i in range(warm_up + repeats):
-        began = time.perf_counter()
-        run()
-        if i >= warm_up:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -55,13 +43,12 @@ def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list
     do in a model: what counts is the GPU's time or that of launching, whichever is longer. On a CPU it is one of
     `calls`, ROUND of them in a turn.
     """
-    if on_gpu():
-        counts = [_calls(run, calls) for run in runs]
-        turns = [[[_graph(run, count) for _ in range(2)][1:] for run, count in zip(runs, counts, strict=True)]
-                 for _ in range(repeats)]  # fmt: skip
-    else:
-        turns = [[[_call(run, i) for i in range(ROUND + 1)][1:] for run in runs] for _ in range(-(-calls // ROUND))]
-    return [1e6 * statistics.median(chain.from_iterable(times)) for times in zip(*turns, strict=True)]
+    counts = [_calls(run, calls) if on_gpu() else ROUND for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats if on_gpu() else -(-calls // ROUND)):
+        for run, count, mine in zip(runs, counts, times, strict=True):
+            mine += _turn(run, count)
+    return [1e6 * statistics.median(mine) for mine in times]
 
 
 def path_of(run: Run) -> str:
@@ -74,6 +61,14 @@ def path_of(run: Run) -> str:
 def _calls(run: Run, least: int) -> int:
     _graph(run, least)
     return min(MOST_CALLS, max(least, round(ROUND_SECONDS / _graph(run, least))))
+
+
+def _turn(run: Run, calls: int) -> list[float]:
+    """Seconds of a call, of a graph of them on a GPU or of each by itself on a CPU, after uncounted ones."""
+    if on_gpu():
+        _graph(run, calls)
+        return [_graph(run, calls)]
+    return [_call(run, i) for i in range(calls + 1)][1:]
 
 
 def _graph(run: Run, calls: int) -> float:

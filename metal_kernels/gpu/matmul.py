@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel
 
 MATMUL = Kernel(
@@ -55,13 +55,12 @@ def constants(
 ) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values."""
     return {
-        "BITS": weight.bits,
-        "GROUP": weight.group,
+        **weight.constants,
+        **x.constants,
         "TILES": shape.tiles,
         "PIECES": shape.pieces,
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
         "NVIDIA": dialect == "cuda",
-        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    } | x.constants
+    }

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel
 
 COLUMNS = 8
@@ -33,14 +33,13 @@ def constants(
 ) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values but `shapes`; columns, 1, 2, 4 or 8: rows of halves for a decoded weight."""
     return {
-        "BITS": weight.bits,
-        "GROUP": weight.group,
+        **weight.constants,
+        **x.constants,
         "SLICES": slices_of(weight),
         "COLUMNS": columns,
         "NVIDIA": dialect == "cuda",
-        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    } | x.constants
+    }
 
 
 def shapes(weight: TileWeight, n: int) -> dict[str, int | bool | mx.Dtype]:

@@ -54,6 +54,11 @@ class TileWeight:
         return self.bits, self.group, self.rows, self.width, self.block, self.experts
 
     @property
+    def constants(self) -> dict[str, int | bool | mx.Dtype]:
+        """The compile-time values of reading it."""
+        return {"BITS": self.bits, "GROUP": self.group, "SPARE": self.tiles * TILE_ROWS - self.rows}
+
+    @property
     def codes(self) -> mx.array:
         """uint32 (tiles, blocks, bits, 32 lanes, 4)."""
         shape = *self.words.shape[:2], self.bits, 32, 4

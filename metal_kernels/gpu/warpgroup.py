@@ -6,7 +6,7 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import TILE_ROWS, TileWeight
+from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
@@ -54,14 +54,13 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = S
     groups = (-(-weight.tiles // (WARPGROUP_TILES * shape.warpgroups)), -(-x.n * x.parts // shape.columns))
     inputs = [x.halves, weight.words]
     constants = {
-        "BITS": weight.bits,
-        "GROUP": weight.group,
+        **weight.constants,
+        **x.constants,
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
         "COUNT": shape.planes,
         "NVIDIA": True,
-        "SPARE": weight.tiles * TILE_ROWS - weight.rows,
         "T": dtype,
-    } | x.constants
+    }
     threads = WARPGROUP_TILES * SIMD * shape.warpgroups
     return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, constants)[0]
