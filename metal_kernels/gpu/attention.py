@@ -22,8 +22,8 @@ TOKENS_AT_ONCE = 64
 """Tokens that a threadgroup takes in a turn."""
 TILE_ROWS = 64
 """Rows of queries of a head of keys that share decoded tiles, where there are as many."""
-STRIP: dict[Gpu, int] = {"metal": 8}
-"""Those of a simdgroup: 8 on Apple's GPUs. NVIDIA's units take 16, which have yet to be timed."""
+STRIP: dict[Gpu, int] = {"metal": 8, "cuda": 16}
+"""Those of a simdgroup, as many as the matrix units take."""
 MOST_SIZE = 128
 """Values of the largest head that tiles hold."""
 THREADGROUPS = 264
@@ -197,7 +197,7 @@ def attend_parts(
     batch, heads, rows, _ = queries.shape
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
-    in_tiles = kind.gpu in STRIP and rows_of_head >= TILE_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
+    in_tiles = rows_of_head >= TILE_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
     few = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
     rows_at_once = TILE_ROWS if in_tiles else few
     simdgroups = TILE_ROWS // STRIP[kind.gpu] if in_tiles else SIMDGROUPS

@@ -89,7 +89,6 @@ def test_attention_of_many_rows_gives_what_the_reference_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By matrix units, over tokens that all rows decode together."""
-    monkeypatch.setitem(gpu.STRIP, "cuda", 16)
     monkeypatch.setattr(gpu, "THREADGROUPS", 6)
     of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
     prepared = {name: _case(case, of_keys, of_values) for name, case in MANY.items()}
