@@ -19,6 +19,8 @@ EACH = 16
 """Values that a thread turns, if it can."""
 FEW_BLOCKS = 16
 """Up to so many blocks with an odd factor are shared out to threadgroups, one for each run of them."""
+IN_ROWS, IN_RUNS, IN_PIECES = 0, 1, 2
+"""How results lie, see `place_of` in activations.metal."""
 PIECE_ROWS = 128
 """Two pieces of 64 rows, which a warpgroup multiplies by at once."""
 
@@ -32,11 +34,11 @@ ROTATE = Kernel(
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """n rotated activations as float16, one array for a launch: (n * parts, padded) halves, then, scaled, for each row
-    the exponent of the factor that restores it, as `Factors` in activations.metal reads it.
+    """n rotated activations as float16, one array for a launch: n * parts rows of `padded` halves, then, scaled, for
+    each row the exponent of the factor that restores it, as `Factors` in activations.metal reads it.
 
-    halves is (n, enough). With two parts, of float32 activations, a row and the row of what its rounding lost follow
-    each other. In pieces: as many rows as whole `PIECE_ROWS` make, in the order that `place_of` says.
+    halves is (n, enough), by 32 columns or in pieces, of as many rows as whole `PIECE_ROWS` make, in the order that
+    `place_of` says. With two parts, of float32 activations, a row and what its rounding lost are two rows.
     """
 
     halves: mx.array
@@ -62,7 +64,7 @@ def rotate(x: mx.array, fixed: mx.array, block: int) -> mx.array:
         "PARTS": 0,
         "SCALED": False,
         "KIND": 0,
-        "PIECES": False,
+        "ORDER": IN_ROWS,
         "PADDED": width,
         "OUT": x.dtype,
     }
@@ -83,7 +85,7 @@ def prepare(x: mx.array, fixed: mx.array, block: int, gated: bool = False, in_pi
         "PARTS": parts,
         "SCALED": scaled,
         "KIND": int(gated),
-        "PIECES": in_pieces,
+        "ORDER": IN_PIECES if in_pieces else IN_RUNS,
         "PADDED": padded,
         "OUT": mx.float16,
     }

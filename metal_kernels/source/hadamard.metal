@@ -219,11 +219,13 @@ struct Turn {
     return value;
   }
 
-  // Writes all values, the first at column `start` of `target`. Threads that have the same values share them out.
+  // Writes all values, the first at column `start` of `target`, or one of several teams' share of them. Threads that have
+  // the same values share them out.
   template <typename TARGET>
-  void write(const thread TARGET& target, Shared<uint4> matrix, uint start, uint index) const {
+  void write(const thread TARGET& target, Shared<uint4> matrix, uint start, uint index, uint team = 0,
+             uint teams = 1) const {
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
-    for (uint b = index / POWER; b < uint(ODD); b += SHARES) {
+    for (uint b = index / POWER + SHARES * team; b < uint(ODD); b += SHARES * teams) {
       UNROLL
       for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
         float one = value(matrix, b, i), two = PAIRS ? value(matrix, b, i + PAIRS) : 0.0f;
@@ -235,10 +237,11 @@ struct Turn {
 };
 
 // A row that turned values go to, times `factor`, as OUT. PARTS 2: as two rows, of the nearest OUT and of what that lost.
-template <int PARTS, bool PIECES, uint STRIDE, typename OUT, typename TO>
+// `extent` as in `place_of`.
+template <int PARTS, int ORDER, typename OUT, typename TO>
 struct Target {
   TO out;
-  uint row;
+  uint row, extent;
   float factor;
 
   // PAIRS: two values beside each other, the first in an even column.
@@ -249,7 +252,7 @@ struct Target {
     UNROLL
     for (int part = 0; part < PARTS; part++) {
       OUT one = static_cast<OUT>(first), two = static_cast<OUT>(second);
-      uint at = place_of<PIECES>(row * PARTS + part, column, STRIDE);
+      uint at = place_of<ORDER>(row * PARTS + part, column, extent);
       if (PAIRS) {
         store_pair(out + at, one, two);
       } else {
@@ -266,7 +269,7 @@ struct Target {
 // PARTS 0: to out (rows, WIDTH). Otherwise to out (rows * PARTS, PADDED) of halves, zeros after WIDTH, with SCALED times a
 // power of two, and after them the exponents of its inverses, as `Factors` reads them; PARTS 2 writes the half and the half
 // of what it lost.
-template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, bool PIECES,
+template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, int ORDER,
           bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
 inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uint> odd, Device<OUT> out,
                    Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint groups, uint group,
@@ -293,7 +296,8 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
     barrier();
   }
   mine.flip(from, 1.0f);
-  Target<EACH_ROW, PIECES, PADDED, OUT, Device<OUT>> target{out, row, bits_float(exponent << 23) * Mine::norm()};
+  uint rows = groups / (RUNS * BLOCKS) * EACH_ROW, extent = ORDER == IN_RUNS ? rows : PADDED;
+  Target<EACH_ROW, ORDER, OUT, Device<OUT>> target{out, row, extent, bits_float(exponent << 23) * Mine::norm()};
   if (SHARED_OUT) {
     Turn<1, POWER, THREADS, true, PLAIN> one;
     UNROLL
@@ -308,12 +312,11 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
   }
   if (PARTS > 0 && start == 0 && run == 0) {
     if (SCALED && index == 0) {
-      uint rows = groups / (RUNS * BLOCKS);
-      out[rows_held<PIECES>(rows * PARTS) * PADDED + row] = static_cast<OUT>(static_cast<float>(254u - exponent));
+      out[rows_held<ORDER>(rows) * PADDED + row] = static_cast<OUT>(static_cast<float>(254u - exponent));
     }
     for (uint i = index; i < uint(PADDED - WIDTH) * PARTS; i += THREADS) {
       uint part = i % EACH_ROW, column = WIDTH + i / EACH_ROW;
-      out[place_of<PIECES>(row * PARTS + part, column, PADDED)] = static_cast<OUT>(0.0f);
+      out[place_of<ORDER>(row * PARTS + part, column, extent)] = static_cast<OUT>(0.0f);
     }
   }
 }

@@ -17,13 +17,13 @@ struct Staged {
   CONSTANT int EACH = COLUMNS * 8 / THREADS;
   uint4 at[EACH];
 
-  void load(Device<const half> x, uint stride, uint first, uint end, uint position, uint index) {
+  void load(Device<const half> x, uint held, uint first, uint end, uint position, uint index) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint vector = index + i * THREADS, row = first + vector / 8;
       at[i] = uint4{0, 0, 0, 0};
       if (row < end) {
-        at[i] = load4(x + row * stride + position + 8 * (vector % 8));
+        at[i] = load4(x + place_of<IN_RUNS>(row, position + 8 * (vector % 8), held));
       }
     }
   }
@@ -92,10 +92,12 @@ struct Results {
   }
 };
 
+// Of x, `columns` of the `held` rows that lie there.
 template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA,
           bool SCALED, typename T>
 inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring, const thread Weight<BITS, GROUP>& weight,
-                   Device<T> out, Shared<uint4> staged, uint columns, uint rows, uint group_x, uint group_y, uint index) {
+                   Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
+                   uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;
   using Unit = MatrixUnit<NVIDIA>;
@@ -115,7 +117,7 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
     next[j].load();
   }
   Staged<COLUMNS, THREADS, Unit> coming;
-  coming.load(x, blocks * 256, first, columns, 0, index);
+  coming.load(x, held, first, columns, 0, index);
   coming.store(staged, index);
   barrier();
   for (uint block = 0; block < blocks; block++) {
@@ -135,7 +137,7 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
     for (int unit = 0; unit < 4; unit++) {
       bool more = unit < 3 || block + 1 < blocks;
       if (more) {
-        coming.load(x, blocks * 256, first, columns, block * 256 + 64 * (unit + 1), index);
+        coming.load(x, held, first, columns, block * 256 + 64 * (unit + 1), index);
         loads_first();
       }
       UNROLL

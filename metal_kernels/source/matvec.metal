@@ -57,18 +57,19 @@ constexpr int runs_of_load() {
 }
 
 // Where the rows of x that a lane reads begin; the last row stands in for those beyond it, whose results are dropped.
-// X points to a device's or a threadgroup's memory.
+// X points to a device's or a threadgroup's memory, rows `stride` apart and 32 columns, a run, `step` for each of them.
 template <int COLUMNS, bool NVIDIA, typename X>
 struct RowsOfLane {
   CONSTANT int EACH = NVIDIA ? 1 : COLUMNS;
   X x;
-  uint offsets[EACH];
+  uint step, offsets[EACH];
 
-  RowsOfLane(X all, uint stride, uint first, uint end, uint lane) : x(all + 8 * (lane % 4)) {
+  RowsOfLane(X all, uint stride, uint run_step, uint first, uint end, uint lane)
+      : x(all + 8 * (lane % 4)), step(run_step) {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint row = first + (NVIDIA ? lane / 4 % COLUMNS : i), run = NVIDIA ? lane / 4 / COLUMNS : 0;
-      offsets[i] = (row < end ? row : end - 1) * stride + 32 * run;
+      offsets[i] = (row < end ? row : end - 1) * stride + run * step * 32;
     }
   }
 };
@@ -82,7 +83,7 @@ struct Activations {
   void load(const thread RowsOfLane<COLUMNS, NVIDIA, X>& rows, uint position) {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
-      at[i] = load4(rows.x + rows.offsets[i] + position);
+      at[i] = load4(rows.x + rows.offsets[i] + position * rows.step);
     }
   }
 };
@@ -150,7 +151,7 @@ struct Activations<COLUMNS, true> {
 
   template <typename X>
   void load(const thread RowsOfLane<COLUMNS, true, X>& rows, uint position) {
-    at = load4(rows.x + rows.offsets[0] + position);
+    at = load4(rows.x + rows.offsets[0] + position * rows.step);
   }
 };
 
@@ -345,13 +346,13 @@ struct Result {
   }
 };
 
-// Columns `group_y` of x, made ready before, times tile `tile`.
+// Columns `group_y` of x, made ready before as some of `held`, times tile `tile`.
 template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
 inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight, const thread RESULT& result,
-                   Shared<float> partial, uint columns, uint tile, uint group_y, uint slice, uint lane) {
+                   Shared<float> partial, uint held, uint columns, uint tile, uint group_y, uint slice, uint lane) {
   Table values = load_table(weight.fixed);
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns, blocks = weight.blocks;
-  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, weight.padded(), first, end, lane);
+  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, 32, held, first, end, lane);
   Block<BITS, GROUP> next(weight, tile, slice, lane);
   if (slice < blocks) {
     next.load();

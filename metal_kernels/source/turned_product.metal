@@ -26,7 +26,7 @@ struct Turning {
   using Mine = Turn<ODD, POWER, TEAM, TRANSFORM, KIND>;
 };
 
-// Turns `rows` rows of x. numbers: four floats for each simdgroup; the barrier after matrix is staged is here.
+// Turns `rows` rows of x; teams beyond one for each block have the same blocks and share out what is written. numbers: four floats for each simdgroup; the barrier after matrix is staged is here.
 template <typename TURNING, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
 inline void make_ready(Device<const T> x, Device<const T> weights, float eps, Device<const uint> signs,
                        const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers,
@@ -38,14 +38,16 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
   for (uint i = index; i < rows * PARTS * SPARE; i += THREADS) {
     ready.halves[i % (rows * PARTS) * STRIDE + WIDTH + i / (rows * PARTS)] = static_cast<half>(0.0f);
   }
-  uint team = index / TURNING::TEAM, place = index % TURNING::TEAM;
+  constexpr uint SHARES = BLOCKS < uint(TURNING::COUNT) ? TURNING::COUNT / BLOCKS : 1;
+  uint team = index / TURNING::TEAM, place = index % TURNING::TEAM, share = ROUNDS == 1 ? team / BLOCKS : 0;
+  uint first = ROUNDS == 1 ? team % BLOCKS : team;
   for (uint r = 0; r < rows; r++) {
     Row<KIND, T> row{x + r * WIDTH, weights, WIDTH};
     Measure all{0, 0};
     Mine mine;
     if (ROUNDS == 1) {
-      mine.load(row, signs, team < BLOCKS ? team * TURNING::SIZE : 0, place);
-      if (team < BLOCKS && Mine::owns(place)) {
+      mine.load(row, signs, first * TURNING::SIZE, place);
+      if (share == 0 && Mine::owns(place)) {
         mine.measure(all);
       }
     } else if (MEASURED) {
@@ -56,19 +58,20 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
     }
     float normal = KIND == NORMED ? 1 / sqrt(all.squares / WIDTH + eps) : 1.0f;
     uint exponent = SCALED ? scale_exponent(all.most * normal / Mine::norm()) : 127;
-    Target<PARTS, false, STRIDE, half, Shared<half>> target{ready.halves, r, bits_float(exponent << 23) * Mine::norm()};
-    for (uint block = team; block < ROUNDS * TURNING::COUNT; block += TURNING::COUNT) {
+    Target<PARTS, IN_ROWS, half, Shared<half>> target{
+        ready.halves, r, STRIDE, bits_float(exponent << 23) * Mine::norm()};
+    for (uint block = first; block < ROUNDS * TURNING::COUNT; block += TURNING::COUNT) {
       uint start = block < BLOCKS ? block * TURNING::SIZE : 0;
       if (ROUNDS > 1) {
         mine.load(row, signs, start, place);
       }
-      if (!MEASURED || block != team) {
+      if (!MEASURED || block != first) {
         barrier();
       }
       mine.flip(row, normal);
       mine.template transform<AT_ONCE>(scratch + team * TURNING::SCRATCH, place);
-      if (block < BLOCKS) {
-        mine.write(target, matrix, start, place);
+      if (block < BLOCKS && share < SHARES) {
+        mine.write(target, matrix, start, place, share, SHARES);
       }
     }
     if (index == 0) {
@@ -126,7 +129,7 @@ struct TileWalk {
   // partial (TEAMS, EACH, SLICES, 16, COLUMNS).
   template <typename RESULT>
   void multiply(const thread Ready<PADDED>& ready, Shared<float> partial, const thread RESULT& result, uint columns) {
-    RowsOfLane<COLUMNS, NVIDIA, Shared<half>> x(ready.halves, Ready<PADDED>::STRIDE, 0, columns, lane);
+    RowsOfLane<COLUMNS, NVIDIA, Shared<half>> x(ready.halves, Ready<PADDED>::STRIDE, 1, 0, columns, lane);
     Shared<float> mine = partial + team * EACH * PARTIAL;
     for (; tile - team * THREADGROUPS < end; tile += STEP) {
       if (tile < end) {
