@@ -24,15 +24,15 @@ def factors(block: int) -> tuple[int, int]:
 
 
 def sign_bits(signs: mx.array | None, width: int) -> mx.array:
-    """Signs (width,) of +-1 as one bit each, set for minus: uint32 (width / 32, at least 8)."""
+    """Signs (width,) of +-1 as one bit each, set for minus: uint32, a multiple of four words, at least 8."""
     bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
-    room = max(8 * 32, -(-width // 32) * 32)
+    room = max(8 * 32, -(-width // 128) * 128)
     return mx.contiguous(pack(mx.pad(bits, [(0, room - width)])[None], 1)[0])
 
 
 def odd_words(odd: int) -> mx.array:
-    """The small Hadamard matrix (odd, odd) as MLX has it, unnormalised, float32 as uint32; nothing for 1."""
+    """The small Hadamard matrix (odd, odd) as MLX has it, transposed, unnormalised, float32 as uint32; nothing for 1."""
     if odd == 1:
         return mx.zeros((0,), mx.uint32)
     matrix = mx.hadamard_transform(mx.eye(odd, stream=mx.cpu), scale=1.0, stream=mx.cpu)
-    return mx.array(np.array(matrix).view(np.uint32).reshape(-1))
+    return mx.array(np.array(matrix.T).view(np.uint32).reshape(-1))

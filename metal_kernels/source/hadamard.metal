@@ -8,14 +8,14 @@
 
 namespace turboquant {
 
-// What follows a table of eight words, in one array: signs, one bit a column, and the odd factor's matrix, as words.
+// What follows a table of eight words, in one array: signs, one bit a column, and the transpose of the odd factor's matrix.
 inline Device<const uint> signs_of(Device<const uint> fixed) {
   return fixed + 8;
 }
 
 template <int WIDTH>
 inline Device<const uint> odd_of(Device<const uint> fixed) {
-  return fixed + 8 + (WIDTH > 256 ? (WIDTH + 31) / 32 : 8);
+  return fixed + 8 + (WIDTH > 256 ? (WIDTH + 127) / 128 * 4 : 8);
 }
 
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
@@ -47,6 +47,11 @@ struct Row {
   template <int COUNT>
   bool in_vectors() const {
     return begins_vector<COUNT>(values) && (KIND != NORMED || begins_vector<COUNT>(weights));
+  }
+
+  // The row from a column on.
+  Row from(uint column) const {
+    return Row{values + column, weights + column, width};
   }
 
   // Values that lie beside each other, before they are normalised, and their weights; AT_ONCE: `in_vectors`.
@@ -122,10 +127,22 @@ inline uint scale_exponent(float bound) {
 template <int ODD, int THREADS>
 inline void stage_matrix(Device<const uint> odd, Shared<uint4> matrix, uint index) {
   for (uint i = index; i < uint(ODD > 1 ? ODD * ODD / 4 : 0); i += THREADS) {
-    uint b = 4 * i / ODD, a = 4 * i % ODD;
-    matrix[i] = uint4{odd[a * ODD + b], odd[(a + 1) * ODD + b], odd[(a + 2) * ODD + b], odd[(a + 3) * ODD + b]};
+    matrix[i] = load4(as_halves(odd + 4 * i));
   }
 }
+
+// What one value of a block takes of each of its ODD runs.
+template <int ODD>
+struct OddRow {
+  uint4 fours[ODD > 1 ? ODD / 4 : 1];
+
+  void load(Shared<uint4> matrix, uint b) {
+    UNROLL
+    for (int i = 0; i < ODD / 4; i++) {
+      fours[i] = matrix[b * (ODD / 4) + i];
+    }
+  }
+};
 
 // One block of a row, signs one bit a column (set: minus), turned by THREADS threads.
 template <int ODD, int POWER, int THREADS, bool TRANSFORM, int KIND>
@@ -150,13 +167,15 @@ struct Turn {
   // All there is to load, before any of it is needed.
   template <bool AT_ONCE, typename T>
   void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
+    uint first = start + Part::first_column(index);
+    Row<KIND, T> mine = row.from(first);
     UNROLL
     for (int a = 0; a < ODD; a++) {
       UNROLL
       for (int j = 0; j < VECTORS; j++) {
-        uint column = start + a * POWER + Part::first_column(index) + Part::further(j * VECTOR);
+        uint further = a * POWER + Part::further(j * VECTOR), column = first + further;
         float at[VECTOR];
-        row.template load<AT_ONCE>(column, at, weights[KIND == NORMED ? a : 0][KIND == NORMED ? j : 0]);
+        mine.template load<AT_ONCE>(further, at, weights[KIND == NORMED ? a : 0][KIND == NORMED ? j : 0]);
         UNROLL
         for (int i = 0; i < VECTOR; i++) {
           runs[a].at[j * VECTOR + i] = at[i];
@@ -204,19 +223,21 @@ struct Turn {
     return TRANSFORM ? 1 / sqrt(float(SIZE)) : 1.0f;
   }
 
-  // Value (b, i), not normalised.
-  float value(Shared<uint4> matrix, int b, int i) const {
+  // Value i of the run whose row of the matrix this is, not normalised.
+  float value(const thread OddRow<ODD>& row, int i) const {
     if (ODD == 1) {
       return runs[0].at[i];
     }
-    float value = 0;
+    float sums[4] = {0, 0, 0, 0};
     UNROLL
     for (int a = 0; a < ODD / 4 * 4; a += 4) {
-      uint4 four = matrix[(b * ODD + a) / 4];
-      value += bits_float(four.x) * runs[a].at[i] + bits_float(four.y) * runs[a + 1].at[i] +
-               bits_float(four.z) * runs[a + 2].at[i] + bits_float(four.w) * runs[a + 3].at[i];
+      uint4 four = row.fours[a / 4];
+      sums[0] += bits_float(four.x) * runs[a].at[i];
+      sums[1] += bits_float(four.y) * runs[a + 1].at[i];
+      sums[2] += bits_float(four.z) * runs[a + 2].at[i];
+      sums[3] += bits_float(four.w) * runs[a + 3].at[i];
     }
-    return value;
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
   // Writes all values, the first at column `start` of `target`, or one of several teams' share of them. Threads that have
@@ -226,9 +247,11 @@ struct Turn {
              uint teams = 1) const {
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
     for (uint b = index / POWER + SHARES * team; b < uint(ODD); b += SHARES * teams) {
+      OddRow<ODD> row;
+      row.load(matrix, b);
       UNROLL
       for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
-        float one = value(matrix, b, i), two = PAIRS ? value(matrix, b, i + PAIRS) : 0.0f;
+        float one = value(row, i), two = PAIRS ? value(row, i + PAIRS) : 0.0f;
         uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
         target.template write<PAIRS>(column, one, two);
       }
@@ -300,9 +323,11 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
   Target<EACH_ROW, ORDER, OUT, Device<OUT>> target{out, row, extent, bits_float(exponent << 23) * Mine::norm()};
   if (SHARED_OUT) {
     Turn<1, POWER, THREADS, true, PLAIN> one;
+    OddRow<ODD> weights;
+    weights.load(matrix, run);
     UNROLL
     for (int i = 0; i < Mine::EACH; i++) {
-      one.runs[0].at[i] = mine.value(matrix, run, i);
+      one.runs[0].at[i] = mine.value(weights, i);
     }
     one.template transform<AT_ONCE>(scratch, index);
     one.write(target, matrix, start + run * POWER, index);

@@ -7,8 +7,8 @@
 namespace turboquant {
 
 // Transforms the first `count` of `values`, in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. A simdgroup
-// takes a run of POWER values, or 32, at a time. Begins and ends with a barrier. matrix (ODD, ODD) is the small
-// Hadamard matrix of the odd factor.
+// takes a run of POWER values, or 32, at a time. Begins and ends with a barrier. matrix (ODD, ODD) is the
+// transpose of the odd factor's small Hadamard matrix.
 template <int ODD, int POWER, bool BACK, int THREADS>
 inline void transform_heads(Shared<float> values, Device<const uint> matrix, uint count, uint index) {
   using Mine = Run<POWER, 32>;
@@ -42,7 +42,7 @@ inline void transform_heads(Shared<float> values, Device<const uint> matrix, uin
         float sum = 0;
         UNROLL
         for (int a = 0; a < ODD; a++) {
-          sum += all[a] * bits_float(matrix[BACK ? b * ODD + a : a * ODD + b]);
+          sum += all[a] * bits_float(matrix[BACK ? a * ODD + b : b * ODD + a]);
         }
         values[first + b * POWER] = sum;
       }

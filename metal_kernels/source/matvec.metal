@@ -260,12 +260,16 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
                             const thread Table& table, uint slice, uint blocks, uint lane,
                             thread Sums<COLUMNS, NVIDIA>& total) {
   constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
+  constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
   constexpr uint ONES = 0x3c003c00u;
   Sums<COLUMNS, NVIDIA> group;
   group.clear();
-  Activations<COLUMNS, NVIDIA> coming;
-  if (slice < blocks) {
-    coming.load(x, slice * COLUMNS_OF_BLOCK);
+  Activations<COLUMNS, NVIDIA> coming[AHEAD];
+  UNROLL
+  for (int i = 0; i < AHEAD; i++) {
+    if (slice < blocks) {
+      coming[i].load(x, slice * COLUMNS_OF_BLOCK + i * (32 * RUNS));
+    }
   }
   for (uint block = slice; block < blocks; block += SLICES) {
     bool more = block + SLICES < blocks;
@@ -279,11 +283,11 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
     UNROLL
     for (int run = 0; run < 8; run++) {
       if (run % RUNS == 0) {
-        now = coming;
-        if (run + RUNS < 8) {
-          coming.load(x, block * COLUMNS_OF_BLOCK + 32 * (run + RUNS));
+        now = coming[run / RUNS % AHEAD];
+        if (run + AHEAD * RUNS < 8) {
+          coming[run / RUNS % AHEAD].load(x, block * COLUMNS_OF_BLOCK + 32 * (run + AHEAD * RUNS));
         } else if (more) {
-          coming.load(x, (block + SLICES) * COLUMNS_OF_BLOCK);
+          coming[run / RUNS % AHEAD].load(x, (block + SLICES - 1) * COLUMNS_OF_BLOCK + 32 * (run + AHEAD * RUNS));
         }
         loads_first();
       }

@@ -19,18 +19,19 @@ struct Ready {
 // What turning takes: threads, those of a team that turns one block, and values that change places at the same time.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM>
 struct Turning {
-  CONSTANT int SIZE = ODD * POWER;
+  CONSTANT int SIZE = ODD * POWER, ODD_FACTOR = ODD;
   CONSTANT int TEAM = POWER < 32 ? 32 : (POWER < THREADS ? POWER : THREADS);
   CONSTANT int COUNT = THREADS / TEAM, SCRATCH = scratch_of<POWER, TEAM, AT_ONCE>();
   template <int KIND>
   using Mine = Turn<ODD, POWER, TEAM, TRANSFORM, KIND>;
 };
 
-// Turns `rows` rows of x; teams beyond one for each block have the same blocks and share out what is written. numbers: four floats for each simdgroup; the barrier after matrix is staged is here.
+// Turns `rows` rows of x; teams beyond one for each block have the same blocks and share out what is written. odd: the small
+// matrix, staged in `matrix` while x is on its way. numbers: four floats for each simdgroup.
 template <typename TURNING, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
 inline void make_ready(Device<const T> x, Device<const T> weights, float eps, Device<const uint> signs,
                        const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers,
-                       Shared<uint4> matrix, uint rows, uint index) {
+                       Device<const uint> odd, Shared<uint4> matrix, uint rows, uint index) {
   using Mine = typename TURNING::template Mine<KIND>;
   constexpr uint BLOCKS = WIDTH / TURNING::SIZE, ROUNDS = (BLOCKS + TURNING::COUNT - 1) / TURNING::COUNT;
   constexpr uint STRIDE = Ready<PADDED>::STRIDE, SPARE = PADDED - WIDTH;
@@ -53,6 +54,9 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
     } else if (MEASURED) {
       row.template measure<THREADS>(all, index);
     }
+    if (r == 0) {
+      stage_matrix<TURNING::ODD_FACTOR, THREADS>(odd, matrix, index);
+    }
     if (MEASURED) {
       all = over_threads<THREADS, KIND == NORMED>(all, numbers + r % 2 * (THREADS / 16), index);
     }
@@ -60,12 +64,12 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
     uint exponent = SCALED ? scale_exponent(all.most * normal / Mine::norm()) : 127;
     Target<PARTS, IN_ROWS, half, Shared<half>> target{
         ready.halves, r, STRIDE, bits_float(exponent << 23) * Mine::norm()};
-    for (uint block = first; block < ROUNDS * TURNING::COUNT; block += TURNING::COUNT) {
-      uint start = block < BLOCKS ? block * TURNING::SIZE : 0;
+    for (uint round = 0; round < ROUNDS; round++) {
+      uint block = first + round * TURNING::COUNT, start = block < BLOCKS ? block * TURNING::SIZE : 0;
       if (ROUNDS > 1) {
         mine.load(row, signs, start, place);
       }
-      if (!MEASURED || block != first) {
+      if (!MEASURED || round > 0) {
         barrier();
       }
       mine.flip(row, normal);
