@@ -71,7 +71,7 @@ class HeadCode:
         """The code of heads of `size` values in groups of `group`."""
         odd, power = factors(block)
         return HeadCode(
-            bits_of(codebook), size, group, odd, power, fixed_words(token_table(codebook), signs, block, size),
+            bits_of(codebook), size, group, odd, power, fixed_words(token_table(codebook), signs, size),
             table(codebook),
         )  # fmt: skip
 

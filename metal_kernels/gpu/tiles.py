@@ -153,7 +153,7 @@ def arrange(
         mx.eval(parts[-1])
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, parts[0].shape[1])
-    fixed = fixed_words(decoding_table(codebook), signs, block, width)
+    fixed = fixed_words(decoding_table(codebook), signs, width)
     return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block)
 
 

@@ -148,7 +148,7 @@ class _Layout:
     @property
     def team(self) -> int:
         """Threads that turn one block."""
-        return min(max(self.power, SIMD), SIMD * self.simdgroups)
+        return min(self.power, SIMD * self.simdgroups)
 
     @property
     def values(self) -> int:
@@ -158,7 +158,7 @@ class _Layout:
     def nbytes(self, rows: int, padded: int, at_once: int) -> int:
         """Bytes of threadgroup memory for `rows` rows of halves; what a gap takes is at most an eighth."""
         turning = SIMD * self.simdgroups * min(at_once, self.values) * 9 // 8
-        floats = max(turning, 2 * self.simdgroups * TILE_ROWS * rows) + self.odd**2 + COLUMNS + 4 * self.simdgroups + 8
+        floats = max(turning, 2 * self.simdgroups * TILE_ROWS * rows) + COLUMNS + 4 * self.simdgroups + 8
         return 2 * rows * (padded + 32) + 4 * floats
 
 

@@ -232,13 +232,13 @@ struct Rows {
 // Queries (rows, SIZE) into `values`, rotated, and `factors`: (ROWS) what makes halves of them, (ROWS) what undoes that
 // and scales the scores, in powers of two.
 template <int ROWS, int SIZE, int ODD, int POWER, int SIMDGROUPS, typename T>
-inline void rotate_queries(Device<const T> queries, Device<const uint> signs, Device<const uint> matrix,
-                           Shared<float> values, Shared<float> factors, uint rows, float scale, uint index) {
+inline void rotate_queries(Device<const T> queries, Device<const uint> signs, Shared<float> values,
+                           Shared<float> factors, uint rows, float scale, uint index) {
   for (uint i = index; i < uint(ROWS * SIZE); i += 32 * SIMDGROUPS) {
     float value = i / SIZE < rows ? static_cast<float>(queries[i]) : 0.0f;
     values[i] = signed_by(signs, i % SIZE, value);
   }
-  transform_heads<ODD, POWER, false, 32 * SIMDGROUPS>(values, matrix, rows * SIZE, index);
+  transform_heads<ODD, POWER, false, 32 * SIMDGROUPS>(values, rows * SIZE, index);
   for (uint row = index / 32; row < uint(ROWS); row += SIMDGROUPS) {
     float most = 0;
     for (uint i = index % 32; i < uint(SIZE); i += 32) {
@@ -261,7 +261,7 @@ inline void join_parts(Device<const float> parts, Device<const float> sinks, Dev
                        Shared<float> shared, uint count, uint head, uint index) {
   constexpr int THREADS = 32 * SIMDGROUPS;
   add_parts<SIZE, SIMDGROUPS>(parts, SINKS ? sinks[head] * 1.44269504f : NOTHING, 1.0f, shared, count, index);
-  transform_heads<ODD, POWER, true, THREADS>(shared, odd_of<SIZE>(fixed), SIZE, index);
+  transform_heads<ODD, POWER, true, THREADS>(shared, SIZE, index);
   for (uint column = index; column < uint(SIZE); column += THREADS) {
     float value = shared[column] / sqrt(float(ODD * POWER));
     out[column] = static_cast<T>(signed_by(signs_of(fixed), column, value));

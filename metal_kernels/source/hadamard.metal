@@ -1,21 +1,17 @@
 // Signs, then the Hadamard transform of one block of ODD * POWER values; one threadgroup a block, or one of its runs. The odd
-// factor's matrix comes after the runs' transforms, or before them where runs are shared out.
+// factor comes after the runs' transforms, or before them where runs are shared out.
 #pragma once
 
 #include "activations.metal"
 #include "lanes.metal"
+#include "odd_factor.metal"
 #include "runs.metal"
 
 namespace turboquant {
 
-// What follows a table of eight words, in one array: signs, one bit a column, and the transpose of the odd factor's matrix.
+// What follows a table of eight words in one array: signs, one bit a column.
 inline Device<const uint> signs_of(Device<const uint> fixed) {
   return fixed + 8;
-}
-
-template <int WIDTH>
-inline Device<const uint> odd_of(Device<const uint> fixed) {
-  return fixed + 8 + (WIDTH > 256 ? (WIDTH + 127) / 128 * 4 : 8);
 }
 
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
@@ -123,34 +119,12 @@ inline uint scale_exponent(float bound) {
   return bound == 0 ? 127 : (field < 1 ? 1 : (field > 253 ? 253 : field));
 }
 
-// The small matrix (ODD, ODD), transposed, four values at a time; the barrier after it is the caller's.
-template <int ODD, int THREADS>
-inline void stage_matrix(Device<const uint> odd, Shared<uint4> matrix, uint index) {
-  for (uint i = index; i < uint(ODD > 1 ? ODD * ODD / 4 : 0); i += THREADS) {
-    matrix[i] = load4(as_halves(odd + 4 * i));
-  }
-}
-
-// What one value of a block takes of each of its ODD runs.
-template <int ODD>
-struct OddRow {
-  uint4 fours[ODD > 1 ? ODD / 4 : 1];
-
-  void load(Shared<uint4> matrix, uint b) {
-    UNROLL
-    for (int i = 0; i < ODD / 4; i++) {
-      fours[i] = matrix[b * (ODD / 4) + i];
-    }
-  }
-};
-
 // One block of a row, signs one bit a column (set: minus), turned by THREADS threads.
 template <int ODD, int POWER, int THREADS, bool TRANSFORM, int KIND>
 struct Turn {
   using Part = Run<POWER, THREADS>;
   CONSTANT int SIZE = ODD * POWER, EACH = Part::EACH, VECTOR = Part::VECTOR, VECTORS = EACH / VECTOR;
   CONSTANT bool MOVED = TRANSFORM && THREADS > 32, PAIRS = EACH > 1;
-  CONSTANT uint SHARES = POWER < THREADS ? THREADS / POWER : 1;
   Part runs[ODD];
   float weights[KIND == NORMED ? ODD : 1][KIND == NORMED ? VECTORS : 1][VECTOR];
   uint flips[ODD][VECTORS];
@@ -167,20 +141,23 @@ struct Turn {
   // All there is to load, before any of it is needed.
   template <bool AT_ONCE, typename T>
   void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
-    uint first = start + Part::first_column(index);
-    Row<KIND, T> mine = row.from(first);
+    // Where a block begins in a word of signs, these are found without arithmetic for each.
+    uint first = Part::first_column(index), within = SIZE % 32 == 0 ? 0 : start % 32;
+    Row<KIND, T> mine = row.from(start + first);
+    Device<const uint> my_signs = signs + start / 32;
     UNROLL
     for (int a = 0; a < ODD; a++) {
       UNROLL
       for (int j = 0; j < VECTORS; j++) {
-        uint further = a * POWER + Part::further(j * VECTOR), column = first + further;
+        uint further = a * POWER + Part::further(j * VECTOR);
+        uint words = further % 32 == 0 ? further / 32 : 0, column = within + first + further - 32 * words;
         float at[VECTOR];
         mine.template load<AT_ONCE>(further, at, weights[KIND == NORMED ? a : 0][KIND == NORMED ? j : 0]);
         UNROLL
         for (int i = 0; i < VECTOR; i++) {
           runs[a].at[j * VECTOR + i] = at[i];
         }
-        flips[a][j] = signs[column / 32] >> (column % 32);
+        flips[a][j] = my_signs[column / 32 + words] >> (column % 32);
       }
     }
   }
@@ -209,9 +186,9 @@ struct Turn {
   }
 
   template <int AT_ONCE>
-  void transform(Shared<float> scratch, uint index) {
+  void transform(Shared<float> scratch, uint index, bool busy = true) {
     if (TRANSFORM) {
-      transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index);
+      transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index, busy);
     }
   }
 
@@ -223,37 +200,32 @@ struct Turn {
     return TRANSFORM ? 1 / sqrt(float(SIZE)) : 1.0f;
   }
 
-  // Value i of the run whose row of the matrix this is, not normalised.
-  float value(const thread OddRow<ODD>& row, int i) const {
+  // Value (b, i), not normalised.
+  float value(int b, int i) const {
     if (ODD == 1) {
       return runs[0].at[i];
     }
-    float sums[4] = {0, 0, 0, 0};
+    float values[ODD];
     UNROLL
-    for (int a = 0; a < ODD / 4 * 4; a += 4) {
-      uint4 four = row.fours[a / 4];
-      sums[0] += bits_float(four.x) * runs[a].at[i];
-      sums[1] += bits_float(four.y) * runs[a + 1].at[i];
-      sums[2] += bits_float(four.z) * runs[a + 2].at[i];
-      sums[3] += bits_float(four.w) * runs[a + 3].at[i];
+    for (int a = 0; a < ODD; a++) {
+      values[a] = runs[a].at[i];
     }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return odd_sum<ODD, false>(values, b);
   }
 
-  // Writes all values, the first at column `start` of `target`, or one of several teams' share of them. Threads that have
-  // the same values share them out.
+  // Writes all values, the first at column `start` of `target`.
   template <typename TARGET>
-  void write(const thread TARGET& target, Shared<uint4> matrix, uint start, uint index, uint team = 0,
-             uint teams = 1) const {
+  void write(const thread TARGET& target, uint start, uint index) const {
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
-    for (uint b = index / POWER + SHARES * team; b < uint(ODD); b += SHARES * teams) {
-      OddRow<ODD> row;
-      row.load(matrix, b);
+    UNROLL
+    for (int b = 0; b < ODD; b++) {
       UNROLL
       for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
-        float one = value(row, i), two = PAIRS ? value(row, i + PAIRS) : 0.0f;
+        float one = value(b, i), two = PAIRS ? value(b, i + PAIRS) : 0.0f;
         uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
-        target.template write<PAIRS>(column, one, two);
+        if (owns(index)) {
+          target.template write<PAIRS>(column, one, two);
+        }
       }
     }
   }
@@ -294,9 +266,8 @@ struct Target {
 // of what it lost.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM, int PARTS, bool SCALED, int KIND, int ORDER,
           bool SHARED_OUT, int WIDTH, int PADDED, typename T, typename OUT>
-inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uint> odd, Device<OUT> out,
-                   Shared<float> scratch, Shared<float> numbers, Shared<uint4> matrix, uint groups, uint group,
-                   uint index) {
+inline void rotate(Device<const T> x, Device<const uint> signs, Device<OUT> out, Shared<float> scratch,
+                   Shared<float> numbers, uint groups, uint group, uint index) {
   using Mine = Turn<ODD, POWER, THREADS, TRANSFORM, KIND>;
   constexpr uint BLOCKS = WIDTH / Mine::SIZE, RUNS = SHARED_OUT ? ODD : 1, EACH_ROW = PARTS > 0 ? PARTS : 1;
   uint run = group % RUNS, row = group / RUNS / BLOCKS, start = group / RUNS % BLOCKS * Mine::SIZE;
@@ -304,7 +275,6 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
   Row<KIND, T> from{values, values, WIDTH};
   Mine mine;
   mine.load(from, signs, start, index);
-  stage_matrix<ODD, THREADS>(odd, matrix, index);
   uint exponent = 127;
   if (SCALED) {
     Measure all{0, 0};
@@ -315,25 +285,23 @@ inline void rotate(Device<const T> x, Device<const uint> signs, Device<const uin
     }
     all = over_threads<THREADS, false>(all, numbers, index);
     exponent = scale_exponent(all.most * sqrt(float(TRANSFORM ? Mine::SIZE : 1)));
-  } else if (ODD > 1) {
-    barrier();
   }
   mine.flip(from, 1.0f);
   uint rows = groups / (RUNS * BLOCKS) * EACH_ROW, extent = ORDER == IN_RUNS ? rows : PADDED;
   Target<EACH_ROW, ORDER, OUT, Device<OUT>> target{out, row, extent, bits_float(exponent << 23) * Mine::norm()};
   if (SHARED_OUT) {
     Turn<1, POWER, THREADS, true, PLAIN> one;
-    OddRow<ODD> weights;
-    weights.load(matrix, run);
     UNROLL
-    for (int i = 0; i < Mine::EACH; i++) {
-      one.runs[0].at[i] = mine.value(weights, i);
+    for (int i = 0; i < ODD * Mine::EACH; i++) {
+      if (run == uint(i / Mine::EACH)) {
+        one.runs[0].at[i % Mine::EACH] = mine.value(i / Mine::EACH, i % Mine::EACH);
+      }
     }
     one.template transform<AT_ONCE>(scratch, index);
-    one.write(target, matrix, start + run * POWER, index);
+    one.write(target, start + run * POWER, index);
   } else {
     mine.template transform<AT_ONCE>(scratch, index);
-    mine.write(target, matrix, start, index);
+    mine.write(target, start, index);
   }
   if (PARTS > 0 && start == 0 && run == 0) {
     if (SCALED && index == 0) {

@@ -7,10 +7,9 @@
 namespace turboquant {
 
 // Transforms the first `count` of `values`, in blocks of ODD * POWER, unnormalised: as `rotate` does, or back. A simdgroup
-// takes a run of POWER values, or 32, at a time. Begins and ends with a barrier. matrix (ODD, ODD) is the
-// transpose of the odd factor's small Hadamard matrix.
+// takes a run of POWER values, or 32, at a time. Begins and ends with a barrier.
 template <int ODD, int POWER, bool BACK, int THREADS>
-inline void transform_heads(Shared<float> values, Device<const uint> matrix, uint count, uint index) {
+inline void transform_heads(Shared<float> values, uint count, uint index) {
   using Mine = Run<POWER, 32>;
   barrier();
   for (uint start = index / 32 * (32 * Mine::EACH); start < count; start += THREADS * Mine::EACH) {
@@ -38,13 +37,9 @@ inline void transform_heads(Shared<float> values, Device<const uint> matrix, uin
       for (int a = 0; a < ODD; a++) {
         all[a] = values[first + a * POWER];
       }
+      UNROLL
       for (int b = 0; b < ODD; b++) {
-        float sum = 0;
-        UNROLL
-        for (int a = 0; a < ODD; a++) {
-          sum += all[a] * bits_float(matrix[BACK ? a * ODD + b : b * ODD + a]);
-        }
-        values[first + b * POWER] = sum;
+        values[first + b * POWER] = odd_sum<ODD, BACK>(all, b);
       }
     }
   }

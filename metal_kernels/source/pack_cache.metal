@@ -59,14 +59,13 @@ struct Group {
 
 // Head `head` of x (heads, SIZE) to codes (heads, SIZE * BITS / 32) and scales (heads, SIZE / GROUP).
 template <int BITS, int SIZE, int GROUP, int ODD, int POWER, typename T>
-inline void pack_head(Device<const T> x, Device<const uint> signs, Device<const uint> matrix,
-                      Device<const float> codebook, Device<uint> codes, Device<half> scales, Shared<float> values,
-                      Shared<uint> chosen, uint head, uint lane) {
+inline void pack_head(Device<const T> x, Device<const uint> signs, Device<const float> codebook, Device<uint> codes,
+                      Device<half> scales, Shared<float> values, Shared<uint> chosen, uint head, uint lane) {
   constexpr int WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
   for (uint i = lane; i < uint(SIZE); i += 32) {
     values[i] = signed_by(signs, i, static_cast<float>(x[head * SIZE + i]));
   }
-  transform_heads<ODD, POWER, false, 32>(values, matrix, SIZE, lane);
+  transform_heads<ODD, POWER, false, 32>(values, SIZE, lane);
   float factor = 1 / sqrt(float(ODD * POWER));
   for (int g = 0; g < GROUPS; g++) {
     Group<BITS, GROUP> group;

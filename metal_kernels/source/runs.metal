@@ -12,7 +12,7 @@ struct Run {
   CONSTANT int EACH = POWER > THREADS ? POWER / THREADS : 1;
   CONSTANT int VECTOR = EACH < 8 ? EACH : (EACH < 32 ? 8 : EACH / 4);
   CONSTANT int LANES = POWER < 32 ? POWER : 32, SPAN = 32 * VECTOR;
-  CONSTANT int SIMDGROUPS = THREADS / 32;
+  CONSTANT int SIMDGROUPS = THREADS > 32 ? THREADS / 32 : 1;
   // Of the simdgroups' bits, a thread has WITHIN values after they changed places, and as many threads as ACROSS the others.
   // Of values beside each other it has KEPT: two or more where it can, and as many as `exchange` takes rounds.
   CONSTANT int ROUNDS = POWER / 4096 > 2 ? POWER / 4096 : 2, MOST_WITHIN = EACH > ROUNDS ? EACH / ROUNDS : 1;
@@ -116,16 +116,17 @@ constexpr int scratch_of() {
 }
 
 // Transforms COUNT runs. AT_ONCE values of a thread change places between two barriers: those of some runs, or a part of
-// one's. Whoever read or wrote scratch before has to be waited for.
+// one's. Whoever read or wrote scratch before has to be waited for. A simdgroup that is not busy waits with the others.
 template <int COUNT, int POWER, int THREADS, int AT_ONCE>
-inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<float> scratch, uint index) {
+inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<float> scratch, uint index,
+                           bool busy) {
   constexpr int EACH = Run<POWER, THREADS>::EACH, STEP = EACH > AT_ONCE ? EACH / AT_ONCE : 1;
   constexpr int RUNS = AT_ONCE > EACH ? AT_ONCE / EACH : 1, SIZE = scratch_of<POWER, THREADS, EACH / STEP>();
   UNROLL
-  for (int a = 0; a < COUNT; a++) {
+  for (int a = 0; a < COUNT && busy; a++) {
     runs[a].transform(index % 32);
   }
-  if (THREADS == 32) {
+  if (THREADS <= 32) {
     return;
   }
   UNROLL
@@ -135,17 +136,17 @@ inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<flo
       barrier();
     }
     UNROLL
-    for (int a = first; a < end; a++) {
+    for (int a = first; a < end && busy; a++) {
       runs[a].template put<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
     }
     barrier();
     UNROLL
-    for (int a = first; a < end; a++) {
+    for (int a = first; a < end && busy; a++) {
       runs[a].template take<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
     }
   }
   UNROLL
-  for (int a = 0; a < COUNT; a++) {
+  for (int a = 0; a < COUNT && busy; a++) {
     runs[a].transform_turned(index % 32);
   }
 }

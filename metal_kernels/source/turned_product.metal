@@ -19,43 +19,35 @@ struct Ready {
 // What turning takes: threads, those of a team that turns one block, and values that change places at the same time.
 template <int ODD, int POWER, int THREADS, int AT_ONCE, bool TRANSFORM>
 struct Turning {
-  CONSTANT int SIZE = ODD * POWER, ODD_FACTOR = ODD;
-  CONSTANT int TEAM = POWER < 32 ? 32 : (POWER < THREADS ? POWER : THREADS);
+  CONSTANT int SIZE = ODD * POWER, TEAM = POWER < THREADS ? POWER : THREADS;
   CONSTANT int COUNT = THREADS / TEAM, SCRATCH = scratch_of<POWER, TEAM, AT_ONCE>();
   template <int KIND>
   using Mine = Turn<ODD, POWER, TEAM, TRANSFORM, KIND>;
 };
 
-// Turns `rows` rows of x; teams beyond one for each block have the same blocks and share out what is written. odd: the small
-// matrix, staged in `matrix` while x is on its way. numbers: four floats for each simdgroup.
+// Turns `rows` rows of x. numbers: four floats for each simdgroup.
 template <typename TURNING, int THREADS, int AT_ONCE, int PARTS, bool SCALED, int KIND, int WIDTH, int PADDED, typename T>
 inline void make_ready(Device<const T> x, Device<const T> weights, float eps, Device<const uint> signs,
-                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers,
-                       Device<const uint> odd, Shared<uint4> matrix, uint rows, uint index) {
+                       const thread Ready<PADDED>& ready, Shared<float> scratch, Shared<float> numbers, uint rows,
+                       uint index) {
   using Mine = typename TURNING::template Mine<KIND>;
   constexpr uint BLOCKS = WIDTH / TURNING::SIZE, ROUNDS = (BLOCKS + TURNING::COUNT - 1) / TURNING::COUNT;
   constexpr uint STRIDE = Ready<PADDED>::STRIDE, SPARE = PADDED - WIDTH;
   constexpr bool MEASURED = SCALED || KIND == NORMED;
-  for (uint i = index; i < rows * PARTS * SPARE; i += THREADS) {
-    ready.halves[i % (rows * PARTS) * STRIDE + WIDTH + i / (rows * PARTS)] = static_cast<half>(0.0f);
-  }
-  constexpr uint SHARES = BLOCKS < uint(TURNING::COUNT) ? TURNING::COUNT / BLOCKS : 1;
-  uint team = index / TURNING::TEAM, place = index % TURNING::TEAM, share = ROUNDS == 1 ? team / BLOCKS : 0;
-  uint first = ROUNDS == 1 ? team % BLOCKS : team;
+  uint team = index / TURNING::TEAM, place = index % TURNING::TEAM;
+  // The first team of the simdgroup: without a block for it there is nothing to do.
+  uint leader = TURNING::TEAM < 32 ? index / 32 * 32 / TURNING::TEAM : team;
   for (uint r = 0; r < rows; r++) {
     Row<KIND, T> row{x + r * WIDTH, weights, WIDTH};
     Measure all{0, 0};
     Mine mine;
-    if (ROUNDS == 1) {
-      mine.load(row, signs, first * TURNING::SIZE, place);
-      if (share == 0 && Mine::owns(place)) {
+    if (ROUNDS == 1 && leader < BLOCKS) {
+      mine.load(row, signs, team < BLOCKS ? team * TURNING::SIZE : 0, place);
+      if (team < BLOCKS) {
         mine.measure(all);
       }
-    } else if (MEASURED) {
+    } else if (ROUNDS > 1 && MEASURED) {
       row.template measure<THREADS>(all, index);
-    }
-    if (r == 0) {
-      stage_matrix<TURNING::ODD_FACTOR, THREADS>(odd, matrix, index);
     }
     if (MEASURED) {
       all = over_threads<THREADS, KIND == NORMED>(all, numbers + r % 2 * (THREADS / 16), index);
@@ -65,22 +57,28 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
     Target<PARTS, IN_ROWS, half, Shared<half>> target{
         ready.halves, r, STRIDE, bits_float(exponent << 23) * Mine::norm()};
     for (uint round = 0; round < ROUNDS; round++) {
-      uint block = first + round * TURNING::COUNT, start = block < BLOCKS ? block * TURNING::SIZE : 0;
-      if (ROUNDS > 1) {
+      uint block = team + round * TURNING::COUNT, start = block < BLOCKS ? block * TURNING::SIZE : 0;
+      bool busy = leader + round * TURNING::COUNT < BLOCKS;
+      if (ROUNDS > 1 && busy) {
         mine.load(row, signs, start, place);
       }
-      if (!MEASURED || round > 0) {
+      if (TURNING::TEAM > 32 && (round > 0 || (!MEASURED && r > 0))) {
         barrier();
       }
-      mine.flip(row, normal);
-      mine.template transform<AT_ONCE>(scratch + team * TURNING::SCRATCH, place);
-      if (block < BLOCKS && share < SHARES) {
-        mine.write(target, matrix, start, place, share, SHARES);
+      if (busy) {
+        mine.flip(row, normal);
+      }
+      mine.template transform<AT_ONCE>(scratch + team * TURNING::SCRATCH, place, busy);
+      if (block < BLOCKS) {
+        mine.write(target, start, place);
       }
     }
     if (index == 0) {
       ready.factors[r] = bits_float((254u - exponent) << 23);
     }
+  }
+  for (uint i = index; i < rows * PARTS * SPARE; i += THREADS) {
+    ready.halves[i % (rows * PARTS) * STRIDE + WIDTH + i / (rows * PARTS)] = static_cast<half>(0.0f);
   }
   barrier();
 }
