@@ -35,14 +35,16 @@ class Kernel:
     outputs: tuple[str, ...]
     large_memory: int = 0
 
-    def header(self, dialect: Dialect) -> str:
+    def header(self, dialect: Dialect, threads: int = 1024) -> str:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
 
-        MLX hashes the text at every launch, which takes longer than some kernels run.
+        MLX hashes the text at every launch. On CUDA a threadgroup's `threads` bound the registers of each, or some
+        kernels could not be launched: MLX writes the signature, to which the bound belongs, after this.
         """
         names = (f"prelude_{dialect}.h", *self.sources)
         if dialect == "cuda":
-            return "".join(map(_include, names))
+            bound = f"#define __global__ __attribute__((global)) __launch_bounds__({threads})"
+            return "".join(map(_include, names)) + f"#undef __global__\n{bound}\n"
         return _flat(names)
 
     def body(self, dialect: Dialect) -> str:
@@ -66,7 +68,8 @@ class Kernel:
 
         Raises KernelError where MLX has no GPU here.
         """
-        compiled = _compiled(self, _dialect())
+        dialect = _dialect()
+        compiled = _compiled(self, dialect, threads if dialect == "cuda" else 0)
         return compiled(
             inputs=list(inputs),
             output_shapes=[shape for shape, _ in outputs],
@@ -147,7 +150,7 @@ def _dialect() -> Dialect:
 
 
 @cache
-def _compiled(kernel: Kernel, dialect: Dialect) -> Callable[..., list[mx.array]]:
+def _compiled(kernel: Kernel, dialect: Dialect, threads: int) -> Callable[..., list[mx.array]]:
     make = cast(Any, mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel)
     more = {"shared_memory": kernel.large_memory} if kernel.large_memory else {}
     return make(
@@ -155,6 +158,6 @@ def _compiled(kernel: Kernel, dialect: Dialect) -> Callable[..., list[mx.array]]
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=kernel.body(dialect),
-        header=kernel.header(dialect),
+        header=kernel.header(dialect, threads),
         **more,
     )

@@ -141,7 +141,7 @@ struct Turn {
   // All there is to load, before any of it is needed.
   template <bool AT_ONCE, typename T>
   void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
-    // Where a block begins in a word of signs, these are found without arithmetic for each.
+    // Blocks of whole words have the words of their signs in places that are known.
     uint first = Part::first_column(index), within = SIZE % 32 == 0 ? 0 : start % 32;
     Row<KIND, T> mine = row.from(start + first);
     Device<const uint> my_signs = signs + start / 32;

@@ -1,6 +1,7 @@
 // The kernels' dialect in CUDA. NVIDIA_INSTRUCTIONS: byte permutation and the matrix units are there.
 #define NVIDIA_INSTRUCTIONS 1
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define THREADGROUP_ARRAY(type, name, size) __shared__ type name[size]
 #define THREADGROUP_HALVES(name, size) __shared__ __align__(16) half name[size]
 // All arrays of this kind begin at the same place, of the memory that the launch asks for.

@@ -4,6 +4,7 @@
 
 #define NVIDIA_INSTRUCTIONS 1
 #define UNROLL
+#define ROLLED
 #define THREADGROUP_ARRAY(type, name, size) emulator::Shared<type> name = emulator::shared_array<type>(size)
 #define THREADGROUP_HALVES(name, size) THREADGROUP_ARRAY(half, name, size)
 #define THREADGROUP_LARGE(type, name, size) emulator::Shared<type> name = emulator::large_array<type>(size)

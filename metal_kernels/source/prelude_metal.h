@@ -1,5 +1,6 @@
 // The kernels' dialect in Metal's own words.
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
 #define THREADGROUP_ARRAY(type, name, size) threadgroup type name[size]
 // Halves that vectors of eight are read from.
 #define THREADGROUP_HALVES(name, size)           \

@@ -122,9 +122,11 @@ inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<flo
                            bool busy) {
   constexpr int EACH = Run<POWER, THREADS>::EACH, STEP = EACH > AT_ONCE ? EACH / AT_ONCE : 1;
   constexpr int RUNS = AT_ONCE > EACH ? AT_ONCE / EACH : 1, SIZE = scratch_of<POWER, THREADS, EACH / STEP>();
-  UNROLL
-  for (int a = 0; a < COUNT && busy; a++) {
-    runs[a].transform(index % 32);
+  if (busy) {
+    UNROLL
+    for (int a = 0; a < COUNT; a++) {
+      runs[a].transform(index % 32);
+    }
   }
   if (THREADS <= 32) {
     return;
@@ -135,19 +137,25 @@ inline void transform_runs(thread Run<POWER, THREADS> (&runs)[COUNT], Shared<flo
     if (round > 0) {
       barrier();
     }
-    UNROLL
-    for (int a = first; a < end && busy; a++) {
-      runs[a].template put<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
+    if (busy) {
+      UNROLL
+      for (int a = first; a < end; a++) {
+        runs[a].template put<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
+      }
     }
     barrier();
-    UNROLL
-    for (int a = first; a < end && busy; a++) {
-      runs[a].template take<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
+    if (busy) {
+      UNROLL
+      for (int a = first; a < end; a++) {
+        runs[a].template take<STEP>(scratch + (a - first) * SIZE, round % STEP, index);
+      }
     }
   }
-  UNROLL
-  for (int a = 0; a < COUNT && busy; a++) {
-    runs[a].transform_turned(index % 32);
+  if (busy) {
+    UNROLL
+    for (int a = 0; a < COUNT; a++) {
+      runs[a].transform_turned(index % 32);
+    }
   }
 }
 

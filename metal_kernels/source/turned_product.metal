@@ -37,6 +37,8 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
   uint team = index / TURNING::TEAM, place = index % TURNING::TEAM;
   // The first team of the simdgroup: without a block for it there is nothing to do.
   uint leader = TURNING::TEAM < 32 ? index / 32 * 32 / TURNING::TEAM : team;
+  // One row's registers at a time.
+  ROLLED
   for (uint r = 0; r < rows; r++) {
     Row<KIND, T> row{x + r * WIDTH, weights, WIDTH};
     Measure all{0, 0};
@@ -56,6 +58,7 @@ inline void make_ready(Device<const T> x, Device<const T> weights, float eps, De
     uint exponent = SCALED ? scale_exponent(all.most * normal / Mine::norm()) : 127;
     Target<PARTS, IN_ROWS, half, Shared<half>> target{
         ready.halves, r, STRIDE, bits_float(exponent << 23) * Mine::norm()};
+    ROLLED
     for (uint round = 0; round < ROUNDS; round++) {
       uint block = team + round * TURNING::COUNT, start = block < BLOCKS ? block * TURNING::SIZE : 0;
       bool busy = leader + round * TURNING::COUNT < BLOCKS;
