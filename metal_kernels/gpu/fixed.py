@@ -27,4 +27,3 @@ def sign_bits(signs: mx.array | None, width: int) -> mx.array:
     bits = mx.zeros((width,), dtype=mx.uint32) if signs is None else (signs < 0).astype(mx.uint32)
     room = max(8 * 32, -(-width // 32) * 32)
     return mx.contiguous(pack(mx.pad(bits, [(0, room - width)])[None], 1)[0])
-

@@ -10,8 +10,8 @@ from metal_kernels.launch import SIMD, Dialect, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
-MANY_TILES = 512
-"""From so many on, tiles alone fill a GPU, and fewer slices of each have fewer sums to join."""
+MANY_TILES, MOST_TILES = 256, 768
+"""From so many on, tiles nearly, or alone, fill a GPU, and fewer slices of each have fewer sums to join."""
 
 MATVEC = Kernel(
     name="turboquant_matvec",
@@ -25,7 +25,8 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 
 def slices_of(weight: TileWeight) -> int:
     """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200."""
-    return min(4 if weight.tiles >= MANY_TILES else 8, weight.blocks)
+    slices = 2 if weight.tiles >= MOST_TILES else 4 if weight.tiles >= MANY_TILES else 8
+    return min(slices, weight.blocks)
 
 
 def constants(

@@ -201,11 +201,9 @@ def _words_of(codes: mx.array, bits: int) -> mx.array:
         planes = (codes << nibble).sum(-1).astype(mx.uint32)
         return mx.stack([planes[..., 0] | (planes[..., 1] << 2), planes[..., 2] | (planes[..., 3] << 2)], axis=-1)
     low = ((codes & 7) << nibble).sum(-1).astype(mx.uint32)
-    last = low[..., 3]
-    words = [low[..., i] | (((last >> i) & 0x11111111) << 3) for i in range(3)]
     if bits == 4:
-        words.append((((codes >> 3) & 1) << _sign_places()).sum((-2, -1)).astype(mx.uint32))
-    return mx.stack(words, axis=-1)
+        return low | ((codes >> 3) << _sign_places()).sum(-1).astype(mx.uint32)
+    return mx.stack([low[..., i] | (((low[..., 3] >> i) & 0x11111111) << 3) for i in range(3)], axis=-1)
 
 
 def _codes_of(words: mx.array, bits: int) -> mx.array:
@@ -214,18 +212,17 @@ def _codes_of(words: mx.array, bits: int) -> mx.array:
     if bits == 2:
         planes = mx.stack([words[..., q // 2] >> (2 * (q % 2)) for q in range(4)], axis=-1)
         return (planes[..., None] >> nibble) & 3
-    last = (words[..., :3] >> 3) & 0x11111111
-    planes = [words[..., i] for i in range(3)] + [last[..., 0] | (last[..., 1] << 1) | (last[..., 2] << 2)]
-    codes = (mx.stack(planes, axis=-1)[..., None] >> nibble) & 7
     if bits == 4:
-        codes = codes | (((words[..., 3, None, None] >> _sign_places()) & 1) << 3)
-    return codes
+        return ((words[..., None] >> nibble) & 7) | (((words[..., None] >> _sign_places()) & 1) << 3)
+    last = (words >> 3) & 0x11111111
+    last = last[..., :1] | (last[..., 1:2] << 1) | (last[..., 2:] << 2)
+    return (mx.concatenate([words, last], axis=-1)[..., None] >> nibble) & 7
 
 
 def _sign_places() -> mx.array:
-    """Where the sign of nibble n of plane q lies in the word of signs, (4, 8)."""
-    q, n = mx.arange(4, dtype=mx.uint32)[:, None], mx.arange(8, dtype=mx.uint32)
-    return 8 * (n % 4) + 7 - 2 * q - n // 4
+    """Where the 4-bit sign of each nibble lies in its word, (8,)."""
+    n = mx.arange(8, dtype=mx.uint32)
+    return 8 * (n % 4) + 7 - n // 4 * 4
 
 
 def _by_column(planes: mx.array, bits: int) -> mx.array:

@@ -3,9 +3,10 @@
 // A tile is 16 rows, a block 256 columns, a unit 64. Of each unit a lane (g = lane / 4, t = lane % 4) holds 32 codes
 // in BITS words: rows g and g + 8, columns 32p + 8t + 4s + 2h + e for p, s, h, e in {0, 1}. Plane q = 2p + s has
 // eight codes, nibble 4h + 2r + e of it for row g + 8r: as pairs of halves these are the four registers of a
-// 16 x 16 matrix that one step of a matrix unit takes. The codes of planes 0, 1 and 2 are the low three bits of the
-// nibbles of words 0, 1 and 2, plane 3 is their top bits; with 2 bits a word holds two planes. Of 4 bits, the word 3
-// has the signs. A code is a sign, its top bit, and the index of a magnitude.
+// 16 x 16 matrix that one step of a matrix unit takes. A code is a sign, its top bit, and the index of a magnitude. Of 3
+// bits the codes of planes 0, 1 and 2 are the low bits of the nibbles of words 0, 1 and 2, plane 3 is their top bits; of 2
+// bits a word holds two planes; of 4 bits one, with the signs of nibbles 0 to 3 in the top bits of nibbles 1, 3, 5 and 7,
+// those of the others in the top bits of 0, 2, 4 and 6.
 #pragma once
 
 namespace turboquant {
@@ -36,17 +37,10 @@ inline uint plane(const thread Words<BITS>& words, int unit, int q) {
   if (BITS == 2) {
     return (words.at[2 * unit + q / 2] >> (2 * (q % 2))) & 0x33333333u;
   }
-  uint first = words.at[BITS * unit], second = words.at[BITS * unit + 1];
-  uint third = words.at[BITS * unit + (BITS == 2 ? 0 : 2)];
-  if (q == 0) {
-    return first & 0x77777777u;
+  if (q < BITS) {
+    return words.at[BITS * unit + q] & 0x77777777u;
   }
-  if (q == 1) {
-    return second & 0x77777777u;
-  }
-  if (q == 2) {
-    return third & 0x77777777u;
-  }
+  uint first = words.at[BITS * unit], second = words.at[BITS * unit + 1], third = words.at[BITS * unit + BITS - 1];
   return ((first >> 3) & 0x11111111u) | ((second >> 2) & 0x22222222u) | ((third >> 1) & 0x44444444u);
 }
 
@@ -87,13 +81,13 @@ inline uint value_of(uint code, uint negative, const thread Table& table) {
 }
 
 template <int BITS>
-inline uint select_pair(uint codes, uint signs, int q, int register_index, const thread Table& table) {
+inline uint select_pair(uint codes, uint signs, int register_index, const thread Table& table) {
   uint pair = 0;
   UNROLL
   for (int e = 0; e < 2; e++) {
     int nibble = 2 * register_index + e;
     uint code = (codes >> (4 * nibble)) & 7u;
-    uint negative = BITS == 4 ? (signs >> (8 * (nibble % 4) + 7 - 2 * q - nibble / 4)) & 1u : code >> (BITS - 1);
+    uint negative = BITS == 4 ? (signs >> (8 * (nibble % 4) + 7 - nibble / 4 * 4)) & 1u : code >> (BITS - 1);
     pair |= value_of<BITS>(code, negative, table) << (16 * e);
   }
   return pair;
@@ -104,10 +98,10 @@ struct Decoder {
   // Plane q of a unit as the four registers of a 16 x 16 matrix.
   static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
     uint codes = plane<BITS>(words, unit, q);
-    uint signs = BITS == 4 ? words.at[BITS * unit + BITS - 1] : 0;
+    uint signs = BITS == 4 ? words.at[BITS * unit + q % BITS] : 0;
     return uint4{
-        select_pair<BITS>(codes, signs, q, 0, table), select_pair<BITS>(codes, signs, q, 1, table),
-        select_pair<BITS>(codes, signs, q, 2, table), select_pair<BITS>(codes, signs, q, 3, table)};
+        select_pair<BITS>(codes, signs, 0, table), select_pair<BITS>(codes, signs, 1, table),
+        select_pair<BITS>(codes, signs, 2, table), select_pair<BITS>(codes, signs, 3, table)};
   }
 };
 
@@ -122,9 +116,9 @@ struct Decoder<BITS, true> {
     uint low_second = byte_permute(table.low[0], table.low[1], codes >> 16);
     uint high_second = byte_permute(table.high[0], table.high[1], codes >> 16);
     if (BITS == 4) {
-      uint signs = words.at[BITS * unit + BITS - 1];
-      high_first ^= (signs << (2 * q)) & 0x80808080u;
-      high_second ^= (signs << (2 * q + 1)) & 0x80808080u;
+      uint signs = words.at[BITS * unit + q % BITS];
+      high_first ^= signs & 0x80808080u;
+      high_second ^= (signs << 4) & 0x80808080u;
     }
     return uint4{
         byte_permute(low_first, high_first, 0x5140u), byte_permute(low_first, high_first, 0x7362u),
