@@ -5,7 +5,8 @@
 Shapes are outputs x inputs. On a GPU activations are float16 and the product of activations rotated already has a row
 of its own; on a CPU, whose kernels rotate as they go, they are float32. `of_read` is the time over that of reading the
 packed bytes as fast as MLX copies an array. `us_in_turn`, of one vector on a GPU: products that wait for each other, as
-a model's do, there and back (outputs x inputs, then inputs x outputs), the mean of the two.
+a model's do, there and back (outputs x inputs, then inputs x outputs), the mean of the two. An empty launch, of a
+kernel that gets the arrays of a product and does nothing, is what MLX takes for any: no product can be faster.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from metal_kernels.dispatch import record
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.launch import SIMD
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
@@ -80,7 +82,7 @@ class Method:
     """
 
     name: str
-    bits: int
+    bits: int | None
     weights: Callable[[int, int], list[Any]]
     scale_bytes: float
     product: Callable[[Any, Any], mx.array]
@@ -114,6 +116,20 @@ def methods(bits: int, dtype: mx.Dtype) -> list[Method]:
     return made
 
 
+def empty_launch(out: int) -> Method:
+    """A kernel that does nothing with the arrays that a product of `out` outputs has."""
+    make: Any = mx.fast.metal_kernel if metal_kernels.device() == "metal" else mx.fast.cuda_kernel
+    kernel = make(name="empty_launch", input_names=["x", "packed"], output_names=["out"], source="")
+
+    def launch(x: Activations, weight: TileWeight) -> mx.array:
+        return kernel(
+            inputs=[x.halves, weight.words], output_shapes=[(x.n, out)], output_dtypes=[mx.float16],
+            grid=(SIMD, 1, 1), threadgroup=(SIMD, 1, 1),
+        )[0]  # fmt: skip
+
+    return Method("empty launch", None, lambda out, width: tile_weights(out, width, 3)[:4], 0, launch, prepared)
+
+
 def prepared(x: mx.array, weight: TileWeight) -> Activations:
     """Rotated activations in the order of the kernel that their number calls for."""
     ready = products.prepare(x, weight)
@@ -137,6 +153,7 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
     of_float = Method("float", 8 * dtype.size, lambda out, width: float_weights(out, width, dtype), 0,
                       lambda x, w: x @ w.T)  # fmt: skip
     compared = [of_float, *(method for b in bits for method in methods(b, dtype))]
+    compared += [empty_launch(out)] if on_gpu() else []
     weights = [method.weights(out, width) for method in compared]
     made: list[dict[str, Any]] = []
     for n, x in vectors.items():
@@ -144,8 +161,10 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
         times = microseconds(runs)
         for method, there, run, us in zip(compared, weights, runs, times, strict=True):
             row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": method.bits, "method": method.name}
-            row |= {"us": us, "of_read": 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))}
-            if on_gpu() and n == 1:
+            row["us"] = us
+            if method.bits is not None:
+                row["of_read"] = 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))
+            if on_gpu() and n == 1 and method.bits is not None:
                 row["us_in_turn"] = method.microseconds_in_turn(x, there, method.weights(width, out))
                 mx.clear_cache()
             made.append(row | {"path": path_of(run) if "turboquant" in method.name else "mlx"})
