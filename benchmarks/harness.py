@@ -6,7 +6,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN = 16e-3, 400, 5, 50
+ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN, COUNTED = 16e-3, 400, 5, 50, 100_000
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -40,15 +41,42 @@ def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
     has another, uncounted, before it: what follows other calls is slower. On a GPU a round is one graph, built before
     the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches go on while kernels run, as they
-    do in a model: what counts is the GPU's time or that of launching, whichever is longer. On a CPU it is one of
-    `calls`, ROUND of them in a turn.
+    do in a model: what counts is the GPU's time or that of launching, whichever is longer; all rounds of a turn on the
+    `fastest_core`. On a CPU it is one of `calls`, ROUND of them in a turn.
     """
     counts = [_calls(run, calls) if on_gpu() else ROUND for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats if on_gpu() else -(-calls // ROUND)):
-        for run, count, mine in zip(runs, counts, times, strict=True):
-            mine += _turn(run, count)
+        with fastest_core() if on_gpu() else nullcontext():
+            for run, count, mine in zip(runs, counts, times, strict=True):
+                mine += _turn(run, count)
     return [1e6 * statistics.median(mine) for mine in times]
+
+
+@contextmanager
+def fastest_core() -> Iterator[None]:
+    """Keeps this thread on the processor core that runs fastest just now, where the system allows that.
+
+    Of a shared machine's cores some take twice as long as others, and others a second later: what launches kernels
+    does too.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores, key=_seconds_on)})
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _seconds_on(core: int) -> float:
+    """Of counting on one core, where this thread stays."""
+    os.sched_setaffinity(0, {core})
+    began = time.perf_counter()
+    sum(range(COUNTED))
+    return time.perf_counter() - began
 
 
 def path_of(run: Run) -> str:

@@ -1,0 +1,27 @@
+import os
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no thread on a core")
+def test_a_thread_stays_on_the_core_that_counts_fastest_and_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.sched_getaffinity(0)
+    fastest = max(cores)
+    monkeypatch.setattr(harness, "_seconds_on", lambda core: 1.0 if core == fastest else 2.0)
+    with pytest.raises(ZeroDivisionError), harness.fastest_core():
+        assert os.sched_getaffinity(0) == {fastest}
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no thread on a core")
+def test_every_core_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, tried = os.sched_getaffinity(0), list[int]()
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, chosen: tried.extend(chosen))
+    with harness.fastest_core():
+        pass
+    assert set(tried[: len(cores)]) == cores
+    assert tried[len(cores)] in cores
+    assert set(tried[len(cores) + 1 :]) == cores
