@@ -272,7 +272,7 @@ def test_an_error_of_a_thread_that_writes_or_finishes_comes_out_and_leaves_nothi
     with pytest.raises(OutputError, match="the disk is full; nothing was left there"):
         convert(tmp_path / "in", tmp_path / "out", max_shard_bytes=40_000)
     assert _listing(tmp_path) == ["in"]
-    assert threading.active_count() == count
+    assert threading.active_count() <= count
 
 
 def test_an_interrupt_leaves_neither_files_nor_threads(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_an_interrupt_leaves_neither_files_nor_threads(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "in", tmp_path / "out", max_shard_bytes=40_000, progress=interrupt)
     assert _listing(tmp_path) == ["in"]
-    assert threading.active_count() == count
+    assert threading.active_count() <= count
 
 
 SLOW = """
