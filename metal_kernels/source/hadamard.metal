@@ -138,26 +138,26 @@ struct Turn {
     }
   }
 
-  // All there is to load, before any of it is needed.
+  // All there is to load, before any of it is needed. How far apart values and whole words of signs lie is known to the
+  // compiler, which leaves it one address for each.
   template <bool AT_ONCE, typename T>
   void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
-    // Blocks of whole words have the words of their signs in places that are known.
-    uint first = Part::first_column(index), within = SIZE % 32 == 0 ? 0 : start % 32;
+    uint first = Part::first_column(index), first_bit = first + (SIZE % 32 == 0 ? 0 : start % 32);
     Row<KIND, T> mine = row.from(start + first);
     Device<const uint> my_signs = signs + start / 32;
     UNROLL
     for (int a = 0; a < ODD; a++) {
       UNROLL
       for (int j = 0; j < VECTORS; j++) {
-        uint further = a * POWER + Part::further(j * VECTOR);
-        uint words = further % 32 == 0 ? further / 32 : 0, column = within + first + further - 32 * words;
+        uint further = a * POWER + Part::further(j * VECTOR), whole = further % 32 == 0 ? further : 0;
+        uint bit = first_bit + further - whole;
         float at[VECTOR];
         mine.template load<AT_ONCE>(further, at, weights[KIND == NORMED ? a : 0][KIND == NORMED ? j : 0]);
         UNROLL
         for (int i = 0; i < VECTOR; i++) {
           runs[a].at[j * VECTOR + i] = at[i];
         }
-        flips[a][j] = my_signs[column / 32 + words] >> (column % 32);
+        flips[a][j] = my_signs[bit / 32 + whole / 32] >> (bit % 32);
       }
     }
   }
