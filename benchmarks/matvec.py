@@ -116,18 +116,18 @@ def methods(bits: int, dtype: mx.Dtype) -> list[Method]:
     return made
 
 
-def empty_launch(out: int) -> Method:
-    """A kernel that does nothing with the arrays that a product of `out` outputs has."""
+def empty_launch(weights: list[TileWeight]) -> Method:
+    """A kernel that does nothing with the arrays that a product has."""
     make: Any = mx.fast.metal_kernel if metal_kernels.device() == "metal" else mx.fast.cuda_kernel
     kernel = make(name="empty_launch", input_names=["x", "packed"], output_names=["out"], source="")
 
     def launch(x: Activations, weight: TileWeight) -> mx.array:
         return kernel(
-            inputs=[x.halves, weight.words], output_shapes=[(x.n, out)], output_dtypes=[mx.float16],
+            inputs=[x.halves, weight.words], output_shapes=[(x.n, weight.rows)], output_dtypes=[mx.float16],
             grid=(SIMD, 1, 1), threadgroup=(SIMD, 1, 1),
         )[0]  # fmt: skip
 
-    return Method("empty launch", None, lambda out, width: tile_weights(out, width, 3)[:4], 0, launch, prepared)
+    return Method("empty launch", None, lambda out, width: weights, 0, launch, prepared)
 
 
 def prepared(x: mx.array, weight: TileWeight) -> Activations:
@@ -153,15 +153,17 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
     of_float = Method("float", 8 * dtype.size, lambda out, width: float_weights(out, width, dtype), 0,
                       lambda x, w: x @ w.T)  # fmt: skip
     compared = [of_float, *(method for b in bits for method in methods(b, dtype))]
-    compared += [empty_launch(out)] if on_gpu() else []
     weights = [method.weights(out, width) for method in compared]
+    if on_gpu():
+        compared.append(empty_launch(weights[-1]))
+        weights.append(weights[-1])
     made: list[dict[str, Any]] = []
     for n, x in vectors.items():
         runs = [method.run(x, there) for method, there in zip(compared, weights, strict=True)]
         times = microseconds(runs)
         for method, there, run, us in zip(compared, weights, runs, times, strict=True):
             row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": method.bits, "method": method.name}
-            row["us"] = us
+            row |= {"us": us}
             if method.bits is not None:
                 row["of_read"] = 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))
             if on_gpu() and n == 1 and method.bits is not None:

@@ -206,15 +206,13 @@ def attend_parts(
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
-        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor),
+        "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
         "SIMDGROUPS": simdgroups, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
         "T": queries.dtype,
     }  # fmt: skip
     parts = parts_of(room, THREADGROUPS // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
-    if not in_tiles:
-        constants["ROWS"] = rows_at_once
     kernel = ATTEND_TILES if in_tiles else ATTEND
     return kernel.launch(inputs, [out], (parts, tiles), SIMD * simdgroups, constants)[0]
 

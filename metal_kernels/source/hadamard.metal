@@ -216,6 +216,9 @@ struct Turn {
   // Writes all values, the first at column `start` of `target`.
   template <typename TARGET>
   void write(const thread TARGET& target, uint start, uint index) const {
+    if (!owns(index)) {
+      return;
+    }
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
     UNROLL
     for (int b = 0; b < ODD; b++) {
@@ -223,9 +226,7 @@ struct Turn {
       for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
         float one = value(b, i), two = PAIRS ? value(b, i + PAIRS) : 0.0f;
         uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));
-        if (owns(index)) {
-          target.template write<PAIRS>(column, one, two);
-        }
+        target.template write<PAIRS>(column, one, two);
       }
     }
   }

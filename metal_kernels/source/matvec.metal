@@ -283,11 +283,10 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
     UNROLL
     for (int run = 0; run < 8; run++) {
       if (run % RUNS == 0) {
-        now = coming[run / RUNS % AHEAD];
-        if (run + AHEAD * RUNS < 8) {
-          coming[run / RUNS % AHEAD].load(x, block * COLUMNS_OF_BLOCK + 32 * (run + AHEAD * RUNS));
-        } else if (more) {
-          coming[run / RUNS % AHEAD].load(x, (block + SLICES - 1) * COLUMNS_OF_BLOCK + 32 * (run + AHEAD * RUNS));
+        int later = run + AHEAD * RUNS, place = run / RUNS % AHEAD;
+        now = coming[place];
+        if (later < 8 || more) {
+          coming[place].load(x, (later < 8 ? block : block + SLICES) * COLUMNS_OF_BLOCK + 32 * (later % 8));
         }
         loads_first();
       }

@@ -1,7 +1,6 @@
 """The Metal bodies of attention and of packing keys and values, run on an emulated GPU, against the reference."""
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -55,22 +54,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("machine", "pair"), [*(("cuda", pair) for pair in PAIRS), *(("metal", pair) for pair in PAIRS[::2])], ids=str
-)
-def test_attention_gives_what_the_reference_gives(
-    tmp_path: Path,
-    machine: Gpu,
-    pair: tuple[tuple[int, int, int], tuple[int, int, int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(gpu, "THREADGROUPS", 6)
-    of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
-    prepared = {name: _case(case, of_keys, of_values) for name, case in CASES.items()}
-
-    _compare(tmp_path, machine, of_keys, of_values, prepared)
-
-
+# Enough rows for matrix units, over tokens that all rows decode together.
 MANY = {
     "all seen": (1, 2, 1, 32, 130, "none"),
     "queries in order": (1, 3, 1, 40, 140, "causal"),
@@ -78,31 +62,33 @@ MANY = {
     "left padding": (2, 2, 1, 35, 40, "padding"),
     "a bias for each head": (1, 2, 1, 32, 66, "bias"),
 }
-MANY_PAIRS = [("cuda", PAIRS[0]), ("cuda", PAIRS[1]), ("metal", ((3, 96, 32), (2, 80, 0)))]
+MACHINES = [
+    *(pytest.param(CASES, "cuda", pair, id=f"few-cuda-{pair}") for pair in PAIRS),
+    *(pytest.param(CASES, "metal", pair, id=f"few-metal-{pair}") for pair in PAIRS[::2]),
+    *(pytest.param(MANY, "cuda", pair, id=f"many-cuda-{pair}") for pair in PAIRS[:2]),
+    pytest.param(MANY, "metal", ((3, 96, 32), (2, 80, 0)), id="many-metal"),
+]
 
 
-@pytest.mark.parametrize(("machine", "pair"), MANY_PAIRS, ids=str)
-def test_attention_of_many_rows_gives_what_the_reference_gives(
+@pytest.mark.parametrize(("cases", "machine", "pair"), MACHINES)
+def test_attention_gives_what_the_reference_gives(
     tmp_path: Path,
+    cases: dict[str, tuple[int, int, int, int, int, str]],
     machine: Gpu,
     pair: tuple[tuple[int, int, int], tuple[int, int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By matrix units, over tokens that all rows decode together."""
     monkeypatch.setattr(gpu, "THREADGROUPS", 6)
     of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
-    prepared = {name: _case(case, of_keys, of_values) for name, case in MANY.items()}
-    _compare(tmp_path, machine, of_keys, of_values, prepared)
+    prepared = {name: _case(case, of_keys, of_values) for name, case in cases.items()}
 
-
-def _compare(folder: Path, machine: Gpu, of_keys: CacheCode, of_values: CacheCode, prepared: dict[str, Any]) -> None:
     def run() -> list[mx.array]:
         return [
             gpu.attend(q, k, v, gpu.Kind(head_code(of_keys), head_code(of_values), *how, machine), **options)
             for q, k, v, how, options in prepared.values()
         ]
 
-    for (name, (q, k, v, (scale, causal), options)), y in zip(prepared.items(), on_machine(folder, run), strict=True):
+    for (name, (q, k, v, (scale, causal), options)), y in zip(prepared.items(), on_machine(tmp_path, run), strict=True):
         mask = "causal" if causal else options["bias"]
         with use_backend("reference"):
             expected = packed_attention(
