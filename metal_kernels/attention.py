@@ -17,6 +17,7 @@ from metal_kernels.cpu.tokens import PackedTokens, Visibility, lookup_table
 from metal_kernels.dispatch import has_kernel, kernel_backend, record
 from metal_kernels.errors import ShapeError
 from metal_kernels.gpu import attention as gpu
+from metal_kernels.gpu import unpacked_attention as unpacked
 from metal_kernels.gpu.decode_attention import Codes
 from metal_kernels.hadamard import check_rotation, rotate, unrotate
 from metal_kernels.layout import bits_of, groups, words
@@ -141,9 +142,13 @@ def packed_attention(
     fits = _fits_gpu(key_code) and _fits_gpu(value_code)
     backend = kernel_backend("packed_attention", gpu_fits=fits)
     if backend == "metal" or backend == "cuda":
-        kind = gpu.Kind(_head_code(key_code), _head_code(value_code), scale, isinstance(mask, str), backend)
         bias = _checked_bias(mask, length)
-        return gpu.attend(queries, keys, values, kind, length=length, bias=bias, sinks=sinks)
+        kind = gpu.Kind(_head_code(key_code), _head_code(value_code), scale, isinstance(mask, str), backend)
+        if not unpacked.pays(queries, kind, keys[0].shape[1], length):
+            return gpu.attend(queries, keys, values, kind, length=length, bias=bias, sinks=sinks)
+        q = rotate(queries, key_code.signs, key_code.block)
+        out = unpacked.attend(q, keys, values, kind, length=length, bias=bias, sinks=sinks)
+        return unrotate(out, value_code.signs, value_code.block)
     if backend == "cpu":
         k, v = (tuple(map(view, pair)) for pair in (keys, values))
         out = packed_attention_rows(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import mlx.core as mx
@@ -20,12 +20,8 @@ SIMDGROUPS, JOINING = 4, 16
 """Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
 TOKENS_AT_ONCE = 64
 """Tokens that a threadgroup takes in a turn."""
-TILE_ROWS = 64
-"""Rows of queries of a head of keys that share decoded tiles, where there are as many."""
-STRIP: dict[Gpu, int] = {"metal": 8, "cuda": 16}
-"""Those of a simdgroup, as many as the matrix units take."""
-MOST_SIZE = 128
-"""Values of the largest head that tiles hold."""
+UNPACKING = 8
+"""Simdgroups of a threadgroup that unpacks tokens."""
 THREADGROUPS = 264
 """Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
 
@@ -36,13 +32,17 @@ ATTEND = Kernel(
     outputs=("out",),
 )
 
-ATTEND_TILES = replace(ATTEND, name="turboquant_attention_tiles", sources=("attention_tiles.metal",))
-"""For many rows of queries, which share what is decoded."""
-
 JOIN = Kernel(
     name="turboquant_attention_parts",
     sources=("attention.metal",),
     inputs=("parts", "sinks", "fixed"),
+    outputs=("out",),
+)
+
+UNPACK = Kernel(
+    name="turboquant_unpack_tokens",
+    sources=("unpack_tokens.metal",),
+    inputs=("fixed", "codes", "scales", "length"),
     outputs=("out",),
 )
 
@@ -121,6 +121,22 @@ def _pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:
     return codes, scales
 
 
+def unpack(
+    tokens: tuple[mx.array, mx.array], code: HeadCode, heads: range, length: int, dtype: mx.Dtype, gpu: Gpu
+) -> mx.array:
+    """The first `length` keys or values of some of the heads, rotated as they are: (B, len(heads), length, size)."""
+    batch, all_heads = tokens[0].shape[:2]
+    constants = {
+        "BITS": code.bits, "GROUP": code.group, "SIZE": code.size, "HEADS": all_heads, "FIRST": heads.start,
+        "COUNT": len(heads), "THREADS": SIMD * UNPACKING, "NVIDIA": gpu == "cuda", "T": dtype,
+    }  # fmt: skip
+    turns = -(-length // 2) * code.size // 8
+    groups = -(-turns // (SIMD * UNPACKING)), batch * len(heads)
+    out = (batch, len(heads), length, code.size), dtype
+    inputs = [code.fixed, *tokens, number(length)]
+    return UNPACK.launch(inputs, [out], groups, SIMD * UNPACKING, constants)[0]
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an attention is compiled for."""
@@ -197,24 +213,20 @@ def attend_parts(
     batch, heads, rows, _ = queries.shape
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
-    in_tiles = rows_of_head >= TILE_ROWS and max(of_keys.size, of_values.size) <= MOST_SIZE
-    few = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
-    rows_at_once = TILE_ROWS if in_tiles else few
-    simdgroups = TILE_ROWS // STRIP[kind.gpu] if in_tiles else SIMDGROUPS
+    rows_at_once = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
         "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
-        "SIMDGROUPS": simdgroups, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
+        "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
         "T": queries.dtype,
     }  # fmt: skip
     parts = parts_of(room, THREADGROUPS // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
-    kernel = ATTEND_TILES if in_tiles else ATTEND
-    return kernel.launch(inputs, [out], (parts, tiles), SIMD * simdgroups, constants)[0]
+    return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
 
 
 def parts_of(room: int, most: int, tokens: int) -> int:

@@ -110,16 +110,17 @@ def _all_but_few(ours: mx.array, right: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _attention(gpu: Gpu) -> tuple[mx.array, mx.array]:
-    """Of few rows of queries and of many."""
-    q, rotated = _activations(1, 4, MANY), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
+    """Of a few rows of queries, and what is unpacked for many."""
+    q, rotated = _activations(1, 4, 1), mx.random.normal((2, 1, 2, TOKENS, WIDTH), key=mx.random.key(2))
     keys, values = (reference.pack_cache(x, _CODEBOOK, GROUP) for x in rotated)
     kind, options = attention.Kind(_head(), _head(), WIDTH**-0.5, causal=False, gpu=gpu), {"bias": None, "sinks": None}
-    parts = (q[:, :, :1], q)
-    ours = [attention.attend(part, keys, values, kind, length=TOKENS, **options) for part in parts]
+    ours = attention.attend(q, keys, values, kind, length=TOKENS, **options)
+    loose = attention.unpack(keys, _head(), range(2), TOKENS, mx.float16, gpu)
     turned = reference.rotate(q.astype(mx.float32), _signs(), WIDTH)
     right = reference.packed_attention(turned, keys, values, (_CODEBOOK, _CODEBOOK), WIDTH**-0.5, None, None)
     right = reference.unrotate(right, _signs(), WIDTH)
-    return mx.concatenate(ours, axis=2), mx.concatenate([right[:, :, :1], right], axis=2)
+    both = (right, reference.dequantize(*keys, _CODEBOOK))
+    return mx.concatenate([ours.reshape(-1), loose.reshape(-1)]), mx.concatenate([x.reshape(-1) for x in both])
 
 
 def _decoding(gpu: Gpu) -> tuple[mx.array, mx.array]:

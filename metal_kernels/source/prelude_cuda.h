@@ -98,6 +98,19 @@ __device__ inline void store_pair(T* at, T first, T second) {
   *reinterpret_cast<Pair*>(at) = Pair{first, second};
 }
 
+// Eight values beside each other, at a place that eight such, or 16 bytes, divide.
+template <typename T>
+__device__ inline void store_eight(T* at, const float (&values)[8]) {
+  struct alignas(16) Vector {
+    T at[8];
+  } all;
+  UNROLL
+  for (int i = 0; i < 8; i++) {
+    all.at[i] = static_cast<T>(values[i]);
+  }
+  *reinterpret_cast<Vector*>(at) = all;
+}
+
 __device__ inline Device<const half> as_halves(Device<const uint> at) {
   return reinterpret_cast<Device<const half>>(at);
 }

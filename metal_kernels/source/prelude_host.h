@@ -90,6 +90,13 @@ inline void store_pair(TO at, T first, T second) {
   at[1] = second;
 }
 
+template <typename T>
+inline void store_eight(Device<T> at, const float (&values)[8]) {
+  for (int i = 0; i < 8; i++) {
+    at[i] = static_cast<T>(values[i]);
+  }
+}
+
 inline Device<const half> as_halves(Device<const uint> at) {
   return at.over<const half>();
 }

@@ -67,6 +67,15 @@ inline void store_pair(TO at, T first, T second) {
   at[1] = second;
 }
 
+// Eight values beside each other, at a place that eight such divide.
+template <typename T>
+inline void store_eight(device T* at, const thread float (&values)[8]) {
+  UNROLL
+  for (int i = 0; i < 8; i++) {
+    at[i] = static_cast<T>(values[i]);
+  }
+}
+
 inline Device<const half> as_halves(Device<const uint> at) {
   return reinterpret_cast<Device<const half>>(at);
 }

@@ -1,12 +1,15 @@
 """The Metal bodies of attention and of packing keys and values, run on an emulated GPU, against the reference."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from metal_kernels import CacheCode, pack_cache, packed_attention, reference, use_backend
+from metal_kernels import CacheCode, pack_cache, packed_attention, reference, rotate, unrotate, use_backend
 from metal_kernels.gpu import attention as gpu
+from metal_kernels.gpu import unpacked_attention
 from metal_kernels.gpu.products import Gpu
 from quant_engine.kv_cache import cache_code
 from tests.metal_kernels.test_gpu_kernels import on_machine
@@ -54,41 +57,99 @@ PAIRS = [
 ]
 
 
-# Enough rows for matrix units, over tokens that all rows decode together.
-MANY = {
-    "all seen": (1, 2, 1, 32, 130, "none"),
-    "queries in order": (1, 3, 1, 40, 140, "causal"),
-    "no token before them": (1, 1, 1, 70, 70, "causal"),
-    "left padding": (2, 2, 1, 35, 40, "padding"),
-    "a bias for each head": (1, 2, 1, 32, 66, "bias"),
-}
-MACHINES = [
-    *(pytest.param(CASES, "cuda", pair, id=f"few-cuda-{pair}") for pair in PAIRS),
-    *(pytest.param(CASES, "metal", pair, id=f"few-metal-{pair}") for pair in PAIRS[::2]),
-    *(pytest.param(MANY, "cuda", pair, id=f"many-cuda-{pair}") for pair in PAIRS[:2]),
-    pytest.param(MANY, "metal", ((3, 96, 32), (2, 80, 0)), id="many-metal"),
-]
-
-
-@pytest.mark.parametrize(("cases", "machine", "pair"), MACHINES)
+@pytest.mark.parametrize(
+    ("machine", "pair"), [*(("cuda", pair) for pair in PAIRS), *(("metal", pair) for pair in PAIRS[::2])], ids=str
+)
 def test_attention_gives_what_the_reference_gives(
     tmp_path: Path,
-    cases: dict[str, tuple[int, int, int, int, int, str]],
     machine: Gpu,
     pair: tuple[tuple[int, int, int], tuple[int, int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gpu, "THREADGROUPS", 6)
     of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
-    prepared = {name: _case(case, of_keys, of_values) for name, case in cases.items()}
+    prepared = {name: _case(case, of_keys, of_values) for name, case in CASES.items()}
+
+    _compare(tmp_path, machine, of_keys, of_values, prepared)
+
+
+MANY = {
+    "all seen": (1, 2, 1, 32, 131, "none"),
+    "queries in order": (1, 9, 3, 40, 140, "causal"),
+    "no token before them": (1, 1, 1, 70, 70, "causal"),
+    "left padding": (2, 2, 1, 35, 40, "padding"),
+    "a bias for each head": (1, 4, 2, 32, 66, "bias"),
+    "sinks": (1, 6, 2, 33, 50, "sinks"),
+}
+MANY_PAIRS = [("cuda", PAIRS[0]), ("cuda", PAIRS[1]), ("metal", ((3, 96, 32), (2, 96, 0)))]
+
+
+@pytest.mark.parametrize(("machine", "pair"), MANY_PAIRS, ids=str)
+def test_attention_of_many_rows_gives_what_the_reference_gives(
+    tmp_path: Path,
+    machine: Gpu,
+    pair: tuple[tuple[int, int, int], tuple[int, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By MLX's attention, over the tokens of some heads at a time."""
+    of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
+    monkeypatch.setattr(unpacked_attention, "TILE_BYTES", 4 * 140 * (of_keys.size + of_values.size))
+    prepared = {name: _case(case, of_keys, of_values) for name, case in MANY.items()}
+
+    def attend(q: mx.array, *tokens: Any, **options: Any) -> mx.array:
+        rotated = rotate(q, of_keys.signs, of_keys.block)
+        return unrotate(unpacked_attention.attend(rotated, *tokens, **options), of_values.signs, of_values.block)
+
+    _compare(tmp_path, machine, of_keys, of_values, prepared, attend)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("machine", ["cuda", "metal"])
+def test_unpacking_gives_what_was_packed(tmp_path: Path, machine: Gpu, dtype: mx.Dtype) -> None:
+    codes = [cache_code(size, bits, group, 1) for bits, size, group in CODES]
+    with use_backend("reference"):
+        held = [pack_cache(normal(2, 3, 9, code.size), code) for code in codes]
 
     def run() -> list[mx.array]:
         return [
-            gpu.attend(q, k, v, gpu.Kind(head_code(of_keys), head_code(of_values), *how, machine), **options)
+            gpu.unpack(tokens, head_code(code), range(1, 3), 7, dtype, machine)
+            for tokens, code in zip(held, codes, strict=True)
+        ]
+
+    for tokens, code, found in zip(held, codes, on_machine(tmp_path, run), strict=True):
+        expected = reference.dequantize(*tokens, code.codebook)[:, 1:, :7]
+        assert (found.dtype, found.shape) == (dtype, expected.shape)
+        assert mx.abs(found - expected).max() < 2 * mx.finfo(dtype).eps * mx.abs(expected).max(), code
+
+
+def test_unpacking_pays_where_there_is_much_to_do_and_heads_fit() -> None:
+    of_keys, of_values = (head_code(cache_code(128, bits, 64, 1)) for bits in (3, 4))
+    kind, q = gpu.Kind(of_keys, of_values, 1.0, True, "cuda"), mx.zeros((1, 32, 2048, 128), mx.float16)
+    assert unpacked_attention.pays(q, kind, 8, 2048)
+    assert not unpacked_attention.pays(q[:, :, :8], kind, 8, 1 << 20)
+    assert not unpacked_attention.pays(q[:, :, :64], kind, 8, 2048)
+    assert not unpacked_attention.pays(q.astype(mx.float32), kind, 8, 2048)
+    wide = head_code(cache_code(256, 4, 64, 1))
+    assert not unpacked_attention.pays(
+        mx.zeros((1, 32, 2048, 256), mx.float16), gpu.Kind(wide, wide, 1.0, True, "metal"), 8, 2048
+    )
+
+
+def _compare(
+    folder: Path,
+    machine: Gpu,
+    of_keys: CacheCode,
+    of_values: CacheCode,
+    prepared: dict[str, Any],
+    attend: Callable[..., mx.array] = gpu.attend,
+) -> None:
+    def run() -> list[mx.array]:
+        return [
+            attend(q, k, v, gpu.Kind(head_code(of_keys), head_code(of_values), *how, machine), **options)
             for q, k, v, how, options in prepared.values()
         ]
 
-    for (name, (q, k, v, (scale, causal), options)), y in zip(prepared.items(), on_machine(tmp_path, run), strict=True):
+    for (name, (q, k, v, (scale, causal), options)), y in zip(prepared.items(), on_machine(folder, run), strict=True):
         mask = "causal" if causal else options["bias"]
         with use_backend("reference"):
             expected = packed_attention(
