@@ -18,7 +18,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN, COUNTED = 16e-3, 400, 5, 50, 100_000
+ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN, COUNTED = 16e-3, 1600, 5, 50, 100_000
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -40,9 +40,9 @@ def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list
 
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
     has another, uncounted, before it: what follows other calls is slower. On a GPU a round is one graph, built before
-    the clock starts, of as many calls as take ROUND_SECONDS or more, so that launches go on while kernels run, as they
-    do in a model: what counts is the GPU's time or that of launching, whichever is longer; all rounds of a turn on the
-    `fastest_core`. On a CPU it is one of `calls`, ROUND of them in a turn.
+    the clock starts, of as many calls as take ROUND_SECONDS, or MOST_CALLS, so that launches go on while kernels run, as
+    they do in a model, but for the last hundred: what counts is the GPU's time or that of launching, whichever is
+    longer; all rounds of a turn on the `fastest_core`. On a CPU it is one of `calls`, ROUND of them in a turn.
     """
     counts = [_calls(run, calls) if on_gpu() else ROUND for run in runs]
     times: list[list[float]] = [[] for _ in runs]

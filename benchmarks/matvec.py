@@ -178,6 +178,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     """Give rows of one number of vectors, the first of float, their ratios to float and to affine of the same bits."""
     affine = {row["bits"]: row for row in rows if row["method"] == "affine"}
     for row in rows:
+        if row["bits"] is None:
+            continue
         base = affine.get(row["bits"])
         row["times_affine"] = base["us"] / row["us"] if base else None
         row["times_float"] = rows[0]["us"] / row["us"]
