@@ -40,8 +40,8 @@ def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list
 
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
     has another, uncounted, before it: what follows other calls is slower. On a GPU a round is one graph, built before
-    the clock starts, of as many calls as take ROUND_SECONDS, or MOST_CALLS, so that launches go on while kernels run, as
-    they do in a model, but for the last hundred: what counts is the GPU's time or that of launching, whichever is
+    the clock starts, of as many calls as take ROUND_SECONDS, or MOST_CALLS, so that launches go on while kernels run,
+    as they do in a model, but for the last hundred: what counts is the GPU's time or that of launching, whichever is
     longer; all rounds of a turn on the `fastest_core`. On a CPU it is one of `calls`, ROUND of them in a turn.
     """
     counts = [_calls(run, calls) if on_gpu() else ROUND for run in runs]
