@@ -18,6 +18,8 @@ from metal_kernels.errors import KernelError
 
 Dialect = Literal["metal", "cuda", "host"]
 SOURCE = Path(__file__).resolve().parent / "source"
+NVIDIA_PARTS = re.compile(r"#ifdef NVIDIA_INSTRUCTIONS\n.*?#endif\n", re.S)
+"""What Metal would skip."""
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
 
@@ -45,7 +47,7 @@ class Kernel:
         if dialect == "cuda":
             bound = f"#define __global__ __attribute__((global)) __launch_bounds__({threads})"
             return "".join(map(_include, names)) + f"#undef __global__\n{bound}\n"
-        return _flat(names)
+        return NVIDIA_PARTS.sub("", _flat(names)) if dialect == "metal" else _flat(names)
 
     def body(self, dialect: Dialect) -> str:
         """What the kernel does, as MLX takes it, which looks for the names of shapes in it."""

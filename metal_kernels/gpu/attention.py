@@ -91,10 +91,9 @@ def token_table(codebook: tuple[float, ...]) -> mx.array:
     Zeros for 8 bits, which need none.
     """
     if bits_of(codebook) == 8:
-        return made(mx.zeros((8,), mx.uint32))
+        return made(mx.zeros((4,), mx.uint32))
     values = np.array(codebook, np.float16)
-    magnitudes = values[len(values) // 2 :]
-    return table_words(-magnitudes if len(codebook) == 16 else values, magnitudes)
+    return table_words(-values[8:] if len(codebook) == 16 else values)
 
 
 def pack(x: mx.array, code: HeadCode) -> tuple[mx.array, mx.array]:

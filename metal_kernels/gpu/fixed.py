@@ -5,12 +5,12 @@ import mlx.core as mx
 from metal_kernels.launch import made
 from metal_kernels.layout import pack
 
-TABLE_WORDS = 8
+TABLE_WORDS = 4
 """At the beginning, of a table to decode with."""
 
 
 def fixed_words(table: mx.array | None, signs: mx.array | None, width: int) -> mx.array:
-    """A table (8,), then `sign_bits`: uint32."""
+    """A table (4,), then `sign_bits`: uint32."""
     head = mx.zeros((TABLE_WORDS,), mx.uint32) if table is None else table
     return made(mx.concatenate([head, sign_bits(signs, width)]))
 

@@ -113,16 +113,15 @@ def fits(codebook: tuple[float, ...]) -> bool:
     return bits_of(codebook) in BITS and symmetric(codebook)
 
 
-def table_words(first_values: np.ndarray, magnitudes: np.ndarray) -> mx.array:
-    """Two words of low bytes and two of high bytes of eight halves, then four of magnitudes, uint32 (8,)."""
-    halves = np.resize(first_values, 8).view(np.uint16)
+def table_words(values: np.ndarray) -> mx.array:
+    """Two words of low bytes and two of high bytes of eight float16 values, uint32 (4,); fewer values are repeated."""
+    halves = np.resize(values, 8).view(np.uint16)
     low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
-    words = [low.view(np.uint32), high.view(np.uint32), np.resize(magnitudes, 8).view(np.uint32)]
-    return mx.array(np.concatenate(words))
+    return mx.array(np.concatenate([low.view(np.uint32), high.view(np.uint32)]))
 
 
 def decoding_table(codebook: tuple[float, ...]) -> mx.array:
-    """What the kernels decode with, as float16 bits: two words of low bytes, two of high bytes, four of magnitudes.
+    """What the kernels decode with, see `table_words`: magnitudes, and where there is room the same with a minus.
 
     Raises KernelError for a codebook that is not symmetric about zero, which the kernels' sign and magnitude need.
     """
@@ -132,7 +131,7 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
             "backend for this weight"
         )
     magnitudes = np.array(codebook[len(codebook) // 2 :], np.float16)
-    return table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]), magnitudes)
+    return table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]))
 
 
 def arrange(

@@ -111,17 +111,21 @@ struct Rows {
         scores[r] = 0;
       }
       UNROLL
-      for (int c = 0; c < KEY_SIZE / 16; c++) {
-        Pairs four = run.values(c, key_table);
+      for (int c = 0; c < (KEY_SIZE + 16) / 32; c++) {
+        uint4 eight = run.eight(c, key_table);
+        uint pairs[4] = {eight.x, eight.y, eight.z, eight.w};
         UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          uint one = queries[((2 * c) * 4 + t) * ROWS + r], two = queries[((2 * c + 1) * 4 + t) * ROWS + r];
-          scores[r] += low(four.first) * low(one) + high(four.first) * high(one) + low(four.second) * low(two) +
-                       high(four.second) * high(two);
+        for (int i = 4 * c; i < (c < KEY_SIZE / 32 ? 4 * c + 4 : 4 * c + 2); i++) {
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            uint both = queries[(i * 4 + t) * ROWS + r];
+            scores[r] += low(pairs[i % 4]) * low(both) + high(pairs[i % 4]) * high(both);
+          }
         }
       }
       UNROLL
       for (int r = 0; r < ROWS; r++) {
+        scores[r] *= run.factor();
         scores[r] += shuffle_xor(scores[r], 1);
         scores[r] += shuffle_xor(scores[r], 2);
         weights[j][r] = sight.score(scores[r] * factors[ROWS + r], r, token, end);
@@ -154,17 +158,18 @@ struct Rows {
       float weight[ROWS];
       UNROLL
       for (int r = 0; r < ROWS; r++) {
-        weight[r] = shuffle(weights[k / 2][r], 4 * place);
+        weight[r] = shuffle(weights[k / 2][r], 4 * place) * run.factor();
       }
       UNROLL
-      for (int c = 0; c < (RUN + 3) / 4; c++) {
-        Pairs four = run.values(c, value_table);
-        float each[4] = {low(four.first), high(four.first), low(four.second), high(four.second)};
+      for (int c = 0; c < (RUN + 7) / 8; c++) {
+        uint4 eight = run.eight(c, value_table);
+        uint pairs[4] = {eight.x, eight.y, eight.z, eight.w};
         UNROLL
-        for (int i = 4 * c; i < (4 * c + 4 < RUN ? 4 * c + 4 : RUN); i++) {
+        for (int i = 8 * c; i < (8 * c + 8 < RUN ? 8 * c + 8 : RUN); i++) {
+          float value = i % 2 == 0 ? low(pairs[i / 2 % 4]) : high(pairs[i / 2 % 4]);
           UNROLL
           for (int r = 0; r < ROWS; r++) {
-            out[r][i] += weight[r] * each[i % 4];
+            out[r][i] += weight[r] * value;
           }
         }
       }

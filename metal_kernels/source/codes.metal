@@ -44,64 +44,71 @@ inline uint plane(const thread Words<BITS>& words, int unit, int q) {
   return ((first >> 3) & 0x11111111u) | ((second >> 2) & 0x22222222u) | ((third >> 1) & 0x44444444u);
 }
 
-// Halves' bits: the low and the high bytes of every code's value, and the magnitudes alone.
+// Eight halves' bits: their low and their high bytes, and what lanes hold for others to look up.
 struct Table {
   uint low[2];
   uint high[2];
-  uint magnitudes[4];
+  LaneTable lanes;
+
+  uint half_of(uint index) const {
+    uint shift = 8 * (index % 4), low_word = index < 4 ? low[0] : low[1], high_word = index < 4 ? high[0] : high[1];
+    return ((low_word >> shift) & 255u) | (((high_word >> shift) & 255u) << 8);
+  }
 };
 
-inline Table load_table(Device<const uint> table) {
+// Whose lanes hold nothing yet.
+inline Table load_bytes(Device<const uint> table) {
   Table loaded;
   UNROLL
   for (int i = 0; i < 2; i++) {
     loaded.low[i] = table[i];
     loaded.high[i] = table[2 + i];
   }
-  UNROLL
-  for (int i = 0; i < 4; i++) {
-    loaded.magnitudes[i] = table[4 + i];
-  }
   return loaded;
 }
 
-// The bits of the half of one code by selection, for machines without a byte permutation.
+// For weights. Lanes hold the value of a code, of 2 bits those of a code of one plane and of one of the next.
 template <int BITS>
-inline uint value_of(uint code, uint negative, const thread Table& table) {
-  uint pair = table.magnitudes[0];
-  if (BITS >= 3) {
-    pair = code & 2 ? table.magnitudes[1] : pair;
-  }
-  if (BITS == 4) {
-    uint upper = code & 2 ? table.magnitudes[3] : table.magnitudes[2];
-    pair = code & 4 ? upper : pair;
-  }
-  uint bits = code & 1 ? pair >> 16 : pair & 0xffffu;
-  return bits | (negative << 15);
+inline Table load_table(Device<const uint> table, uint lane) {
+  Table loaded = load_bytes(table);
+  uint one = loaded.half_of(lane % 8), two = join_bits(loaded.half_of(lane % 4), loaded.half_of(lane / 4 % 4));
+  loaded.lanes = LaneTable(BITS == 2 ? two : one);
+  return loaded;
 }
 
-template <int BITS>
-inline uint select_pair(uint codes, uint signs, int register_index, const thread Table& table) {
-  uint pair = 0;
-  UNROLL
-  for (int e = 0; e < 2; e++) {
-    int nibble = 2 * register_index + e;
-    uint code = (codes >> (4 * nibble)) & 7u;
-    uint negative = BITS == 4 ? (signs >> (8 * (nibble % 4) + 7 - nibble / 4 * 4)) & 1u : code >> (BITS - 1);
-    pair |= value_of<BITS>(code, negative, table) << (16 * e);
-  }
-  return pair;
-}
-
+// For machines without a byte permutation: values are other lanes'. Apple's take four turns for a shift and two to ask a
+// lane, so two codes, half a word apart, share a shift, and of 2 bits two planes' codes a look-up.
 template <int BITS, bool NVIDIA>
 struct Decoder {
   // Plane q of a unit as the four registers of a 16 x 16 matrix.
   static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
-    uint codes = plane<BITS>(words, unit, q);
-    uint signs = BITS == 4 ? words.at[BITS * unit + q % BITS] : 0;
-    return uint4{
-        select_pair<BITS>(codes, signs, 0, table), select_pair<BITS>(codes, signs, 1, table),
-        select_pair<BITS>(codes, signs, 2, table), select_pair<BITS>(codes, signs, 3, table)};
+    uint codes = BITS == 2 ? words.at[BITS * unit + q / 2] : plane<BITS>(words, unit, q), values[8];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      uint two = shift_both(codes, 4 * i) & 0x000f000fu;
+      uint first = table.lanes.at(lower_bits(two)), second = table.lanes.at(upper_bits(two));
+      values[i] = BITS == 2 && q % 2 == 1 ? upper_bits(first) : lower_bits(first);
+      values[4 + i] = BITS == 2 && q % 2 == 1 ? upper_bits(second) : lower_bits(second);
+    }
+    uint4 pairs;
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      uint even = join_bits(values[4 * i], values[4 * i + 2]), odd = join_bits(values[4 * i + 1], values[4 * i + 3]);
+      if (BITS == 4) {
+        uint signs = words.at[BITS * unit + q % BITS];
+        even ^= (signs << (8 + 4 * i)) & 0x80008000u;
+        odd ^= (signs << (4 * i)) & 0x80008000u;
+      }
+      uint first = join_bits(lower_bits(even), lower_bits(odd)), second = join_bits(upper_bits(even), upper_bits(odd));
+      if (i == 0) {
+        pairs.x = first;
+        pairs.y = second;
+      } else {
+        pairs.z = first;
+        pairs.w = second;
+      }
+    }
+    return pairs;
   }
 };
 

@@ -9,9 +9,9 @@
 
 namespace turboquant {
 
-// What follows a table of eight words in one array: signs, one bit a column.
+// What follows a table of four words in one array: signs, one bit a column.
 inline Device<const uint> signs_of(Device<const uint> fixed) {
-  return fixed + 8;
+  return fixed + 4;
 }
 
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;

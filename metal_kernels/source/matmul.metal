@@ -105,7 +105,7 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
   uint first_tile = (group_x * ROW_GROUPS + simdgroup / COLUMN_GROUPS) * TILES;
   uint first = group_y * COLUMNS, mine = simdgroup % COLUMN_GROUPS * 8 * PIECES;
   uint tiles = weight.tiles, blocks = weight.blocks;
-  Table values = load_table(weight.fixed);
+  Table values = load_table<BITS>(weight.fixed, index % 32);
   Results<TILES, PIECES> results;
   results.clear();
   uint second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;

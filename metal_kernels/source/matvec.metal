@@ -353,7 +353,7 @@ struct Result {
 template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
 inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight, const thread RESULT& result,
                    Shared<float> partial, uint held, uint columns, uint tile, uint group_y, uint slice, uint lane) {
-  Table values = load_table(weight.fixed);
+  Table values = load_table<BITS>(weight.fixed, lane);
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns, blocks = weight.blocks;
   RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, 32, held, first, end, lane);
   Block<BITS, GROUP> next(weight, tile, slice, lane);

@@ -40,6 +40,36 @@ __device__ inline float shuffle(float value, uint lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// The lower and the upper 16 bits of a word, and a word of two such.
+__device__ inline uint lower_bits(uint word) {
+  return word & 0xffffu;
+}
+
+__device__ inline uint upper_bits(uint word) {
+  return word >> 16;
+}
+
+__device__ inline uint join_bits(uint lower, uint upper) {
+  return lower | (upper << 16);
+}
+
+// A shift of which both halves are taken.
+__device__ inline uint shift_both(uint word, uint by) {
+  return word >> by;
+}
+
+// A word of each lane, for all of its simdgroup to look up, all at the same time.
+struct LaneTable {
+  uint mine;
+
+  __device__ LaneTable() : mine(0) {}
+  __device__ explicit LaneTable(uint word) : mine(word) {}
+
+  __device__ uint at(uint lane) const {
+    return __shfl_sync(0xffffffffu, mine, lane);
+  }
+};
+
 __device__ inline uint4 load4(Device<const half> at) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"

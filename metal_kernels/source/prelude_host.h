@@ -52,6 +52,38 @@ inline float shuffle(float value, uint lane, int line = __builtin_LINE()) {
   return emulator::exchange(value, line)[lane];
 }
 
+// The lower and the upper 16 bits of a word, and a word of two such.
+inline uint lower_bits(uint word) {
+  return word & 0xffffu;
+}
+
+inline uint upper_bits(uint word) {
+  return word >> 16;
+}
+
+inline uint join_bits(uint lower, uint upper) {
+  return (lower & 0xffffu) | (upper << 16);
+}
+
+// A shift of which both halves are taken.
+inline uint shift_both(uint word, uint by) {
+  return word >> by;
+}
+
+// A word of each lane, for all of its simdgroup to look up, all at the same time.
+class LaneTable {
+ public:
+  LaneTable() = default;
+  explicit LaneTable(uint word, int line = __builtin_LINE()) : all_(emulator::exchange(word, line)) {}
+
+  uint at(uint lane) const {
+    return emulator::looked_up(all_, lane);
+  }
+
+ private:
+  std::array<uint, emulator::SIMD> all_{};
+};
+
 inline uint4 load4(Device<const half> at) {
   return at.as<uint4>();
 }

@@ -33,6 +33,36 @@ inline float shuffle(float value, uint lane) {
   return simd_shuffle(value, ushort(lane));
 }
 
+// The lower and the upper 16 bits of a word, and a word of two such.
+inline uint lower_bits(uint word) {
+  return as_type<ushort2>(word).x;
+}
+
+inline uint upper_bits(uint word) {
+  return as_type<ushort2>(word).y;
+}
+
+inline uint join_bits(uint lower, uint upper) {
+  return as_type<uint>(ushort2(ushort(lower), ushort(upper)));
+}
+
+// A shift that stays one where both halves of its result are taken, and is not made two that cost as much each.
+inline uint shift_both(uint word, uint by) {
+  return extract_bits(word, by, 32 - by);
+}
+
+// A word of each lane, for all of its simdgroup to look up, all at the same time.
+struct LaneTable {
+  uint mine;
+
+  LaneTable() : mine(0) {}
+  explicit LaneTable(uint word) : mine(word) {}
+
+  uint at(uint lane) const {
+    return simd_shuffle(mine, ushort(lane));
+  }
+};
+
 inline uint4 load4(Device<const half> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
 }

@@ -83,23 +83,35 @@ inline float scale_factor() {
   return BITS == 8 ? 256.0f / 255 : 1.0f;
 }
 
-// Four codes in the low bits as halves; table as `load_table` gives it, in the order of the codes (see `TokenTable`).
+// Lanes hold the values of all codes, in their order; of 4 bits the table has the negative ones, from the nearest to zero.
+template <int BITS>
+inline Table load_token_table(Device<const uint> table, uint lane) {
+  Table loaded = load_bytes(table);
+  bool positive = BITS == 4 && lane % 16 >= 8;
+  uint index = BITS == 4 && !positive ? 7 - lane % 8 : lane % 8;
+  loaded.lanes = LaneTable(loaded.half_of(index) ^ (positive ? 0x8000u : 0u));
+  return loaded;
+}
+
+// Twice four codes, in the low bits of `one` and `two`, as halves: two pairs each; table as `load_token_table` gives it.
 template <int BITS, bool NVIDIA>
 struct TokenDecoder {
-  static uint one(uint code, const thread Table& table) {
-    constexpr uint MIDDLE = 1u << (BITS - 1);
-    bool negative = code < MIDDLE;
-    return value_of<BITS>(negative ? MIDDLE - 1 - code : code - MIDDLE, negative, table);
-  }
-
-  static Pairs decode(uint codes, const thread Table& table) {
+  static uint4 decode(uint one, uint two, const thread Table& table) {
     if (BITS == 8) {
-      return even_values(codes);
+      Pairs first = even_values(one), second = even_values(two);
+      return uint4{first.first, first.second, second.first, second.second};
     }
     constexpr uint MASK = (1u << BITS) - 1;
-    return Pairs{
-        one(codes & MASK, table) | (one((codes >> BITS) & MASK, table) << 16),
-        one((codes >> (2 * BITS)) & MASK, table) | (one((codes >> (3 * BITS)) & MASK, table) << 16)};
+    uint both = join_bits(one, two), values[8];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      uint lanes = shift_both(both, i * BITS % 32) & (MASK | (MASK << 16));
+      values[i] = table.lanes.at(lower_bits(lanes));
+      values[4 + i] = table.lanes.at(upper_bits(lanes));
+    }
+    return uint4{
+        join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
+        join_bits(values[6], values[7])};
   }
 };
 
@@ -127,7 +139,6 @@ inline uint spread(uint codes) {
 // negative magnitudes, whose signs the upper half of the codes turns.
 template <int BITS>
 struct TokenDecoder<BITS, true> {
-  // Twice four codes in the low bits of `one` and `two`: two pairs each.
   static uint4 decode(uint one, uint two, const thread Table& table) {
     if (BITS == 8) {
       Pairs first = even(one), second = even(two);
@@ -192,9 +203,20 @@ struct TokenRun {
     return pack_halves(factor, factor);
   }
 
-  // Values 4c to 4c + 3.
-  Pairs values(int c, const thread Table& table) const {
-    return TokenDecoder<BITS, false>::decode(codes.four(c), table).times(ONE_SCALE ? scale : scale_of(c));
+  // Values 8c to 8c + 7 of which a run may lack the last four, to be multiplied by `factor`.
+  uint4 eight(int c, const thread Table& table) const {
+    bool whole = 8 * c + 4 < COUNT;
+    uint4 all = TokenDecoder<BITS, false>::decode(codes.four(2 * c), whole ? codes.four(2 * c + 1) : 0, table);
+    if (ONE_SCALE) {
+      return all;
+    }
+    uint first = scale_of(2 * c), second = whole ? scale_of(2 * c + 1) : first;
+    return uint4{multiply_pairs(all.x, first), multiply_pairs(all.y, first), multiply_pairs(all.z, second),
+                 multiply_pairs(all.w, second)};
+  }
+
+  float factor() const {
+    return ONE_SCALE ? low(scale) : 1.0f;
   }
 
 #ifdef NVIDIA_INSTRUCTIONS

@@ -100,7 +100,7 @@ struct TileWalk {
 
   TileWalk(const thread Weight<BITS, GROUP>& all, uint group, uint index)
       : next(all, group + index / (32 * SLICES) * THREADGROUPS, index / 32 % SLICES, index % 32),
-        values(load_table(all.fixed)), weight(all), end(all.tiles / EACH),
+        values(load_table<BITS>(all.fixed, index % 32)), weight(all), end(all.tiles / EACH),
         tile(group + index / (32 * SLICES) * THREADGROUPS), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
         lane(index % 32) {
     if (slice < BLOCKS && tile < end) {

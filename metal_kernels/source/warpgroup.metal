@@ -143,7 +143,7 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
   if (index == 0) {
     stages.begin();
   }
-  Table values = load_table(weight.fixed);
+  Table values = load_table<BITS>(weight.fixed, index % 32);
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
   Planes<COUNT> planes[2];

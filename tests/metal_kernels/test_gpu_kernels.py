@@ -250,6 +250,8 @@ FAULTS = {
     "an output one off": (MATVEC, "out[output * rows + row] =", "out[output * rows + row + 1] ="),
     "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
     "a wrong stride": (MATVEC, "sum += partial[(s * 16", "sum += partial[(s * 15"),
+    "a wrong lane looked up": (MATVEC, "at(upper_bits(two))", "at(upper_bits(two) ^ 1)"),
+    "a look-up that some lanes skip": (MATVEC, "uint first = table", "uint first = two % 16 == 0 ? 0 : table"),
 }
 
 

@@ -59,7 +59,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::none;
   int line = 0;
-  unsigned barriers = 0, exchanges = 0, arrays = 0;
+  unsigned barriers = 0, exchanges = 0, lookups = 0, arrays = 0;
 };
 
 struct Exchange {
@@ -132,6 +132,16 @@ const std::array<T, SIMD> exchange(const T& value, int line) {
     std::memcpy(&all[i], here.slots[i].data(), sizeof(T));
   }
   return all;
+}
+
+// What lane `lane` put in `all`; all lanes of a simdgroup must look up as often until they meet again.
+template <typename T>
+T looked_up(const std::array<T, SIMD>& all, unsigned lane) {
+  fiber().lookups++;
+  if (lane >= SIMD) {
+    fail("a lane that is none is looked up (lane)", lane);
+  }
+  return all[lane];
 }
 
 // ---- memory
@@ -308,7 +318,7 @@ inline bool together(const Group& group, unsigned first, unsigned end) {
     const Fiber& other = group.fibers[i];
     bool same_simdgroup = i / SIMD == first / SIMD;
     if (other.wait != one.wait || other.line != one.line || other.barriers != one.barriers ||
-        (same_simdgroup && other.exchanges != one.exchanges)) {
+        (same_simdgroup && (other.exchanges != one.exchanges || other.lookups != one.lookups))) {
       return false;
     }
   }
@@ -342,8 +352,8 @@ inline void run_group(Group& group) {
     if (ready.empty()) {
       for (unsigned i = 0; i < threads; i++) {
         const Fiber& one = group.fibers[i];
-        std::fprintf(stderr, "thread %u waits for %d at line %d after %u barriers, %u exchanges\n", i, int(one.wait), one.line,
-                     one.barriers, one.exchanges);
+        std::fprintf(stderr, "thread %u waits for %d at line %d after %u barriers, %u exchanges, %u look-ups\n", i,
+                     int(one.wait), one.line, one.barriers, one.exchanges, one.lookups);
       }
       fail("not every thread reaches a barrier or simdgroup operation, or not the same one (line)", group.fibers[0].line);
     }

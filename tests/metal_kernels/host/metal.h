@@ -14,10 +14,12 @@ using uint2 = uint __attribute__((ext_vector_type(2)));
 using uint3 = uint __attribute__((ext_vector_type(3)));
 using uint4 = uint __attribute__((ext_vector_type(4)));
 using half2 = half __attribute__((ext_vector_type(2)));
+using ushort2 = ushort __attribute__((ext_vector_type(2)));
 using float2 = float __attribute__((ext_vector_type(2)));
 
 // Vectors outside Metal know braces, not calls.
 #define half2(first, second) (half2{first, second})
+#define ushort2(first, second) (ushort2{first, second})
 
 template <typename To, typename From>
 To as_type(From value) {
@@ -28,7 +30,9 @@ To as_type(From value) {
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags flags);
 float simd_shuffle(float value, ushort lane);
+uint simd_shuffle(uint value, ushort lane);
 float simd_shuffle_xor(float value, ushort distance);
+uint extract_bits(uint value, uint offset, uint bits);
 float exp(float value);
 float exp2(float value);
 float fmax(float a, float b);
