@@ -62,19 +62,16 @@ struct Pairs {
   }
 };
 
-// The halves of four codes of an even grid from -1 to 1, short of its last step's 1 + 1 / 255.
+// A step of an even grid from -1 to 1, short of its last step's 1 + 1 / 255, from 1024 + its number.
+inline float even_value(float raised) {
+  return (raised - 1151.5f) * (1.0f / 128);
+}
+
+// The halves of four codes of the grid: a half between 1024 and 2047 counts with its low bits.
 inline Pairs even_values(uint codes) {
-  Pairs values;
-  for (int i = 0; i < 2; i++) {
-    uint one = (codes >> (16 * i)) & 255u, two = (codes >> (16 * i + 8)) & 255u;
-    uint pair = pack_halves((float(one) - 127.5f) * (1.0f / 128), (float(two) - 127.5f) * (1.0f / 128));
-    if (i == 0) {
-      values.first = pair;
-    } else {
-      values.second = pair;
-    }
-  }
-  return values;
+  uint even = (codes & 0x00ff00ffu) | 0x64006400u, odd = ((codes >> 8) & 0x00ff00ffu) | 0x64006400u;
+  return Pairs{pack_halves(even_value(low(even)), even_value(low(odd))),
+               pack_halves(even_value(high(even)), even_value(high(odd)))};
 }
 
 // What a scale is multiplied by, so that `even_values` times it are the codebook's.
