@@ -55,7 +55,7 @@ class PackedWeight:
             self._signs = None if signs is None else view(signs.astype(mx.float32)).copy()
         elif backend == "metal" or backend == "cuda":
             self._gpu: Gpu = backend
-            self._tiles = arrange_tiles(packed, scales, codebook, signs, block)
+            self._tiles = arrange_tiles(packed, scales, codebook, backend, signs, block)
         else:
             self._canonical = packed, scales
 

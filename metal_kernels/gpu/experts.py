@@ -77,7 +77,7 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         return _turned_pairs(x, weight, chosen, times, shape, gpu)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
-    constants = matvec.constants(weight, ready, gpu, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
+    constants = matvec.constants(weight, ready, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [ready.halves, weight.words, chosen]
     groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight)
@@ -105,12 +105,12 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
     ready = hadamard.prepare(x, weight.fixed, weight.block)
     if chosen.size >= MATRIX_ROWS * weight.experts:
         kernel, shape = MATMUL, matmul.SHAPES[gpu]
-        constants = matmul.constants(weight, ready, shape, gpu, x.dtype)
+        constants = matmul.constants(weight, ready, shape, x.dtype)
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
         kernel = SEGMENTS
         columns, threads, step = matvec.COLUMNS, SIMD * matvec.slices_of(weight), 1
-        constants = matvec.constants(weight, ready, gpu, x.dtype, columns)
+        constants = matvec.constants(weight, ready, x.dtype, columns)
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
     inputs = [ready.halves, weight.words, first_rows, first_blocks]

@@ -47,12 +47,10 @@ def matmul(
     groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
     inputs = [x.halves, weight.words]
     out = ((x.n, weight.rows), dtype)
-    return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dialect, dtype))[0]
+    return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dtype))[0]
 
 
-def constants(
-    weight: TileWeight, x: Activations, shape: Shape, dialect: Dialect, dtype: mx.Dtype
-) -> dict[str, int | bool | mx.Dtype]:
+def constants(weight: TileWeight, x: Activations, shape: Shape, dtype: mx.Dtype) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values."""
     return {
         **weight.constants,
@@ -61,6 +59,5 @@ def constants(
         "PIECES": shape.pieces,
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
-        "NVIDIA": dialect == "cuda",
         "T": dtype,
     }

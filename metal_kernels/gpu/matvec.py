@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.tiles import TileWeight
-from metal_kernels.launch import SIMD, Dialect, Kernel
+from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
@@ -29,16 +29,13 @@ def slices_of(weight: TileWeight) -> int:
     return min(slices, weight.blocks)
 
 
-def constants(
-    weight: TileWeight, x: Activations, dialect: Dialect, dtype: mx.Dtype, columns: int
-) -> dict[str, int | bool | mx.Dtype]:
+def constants(weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values but `shapes`; columns, 1, 2, 4 or 8: rows of halves for a decoded weight."""
     return {
         **weight.constants,
         **x.constants,
         "SLICES": slices_of(weight),
         "COLUMNS": columns,
-        "NVIDIA": dialect == "cuda",
         "T": dtype,
     }
 
@@ -48,15 +45,13 @@ def shapes(weight: TileWeight, n: int) -> dict[str, int | bool | mx.Dtype]:
     return {"ALL_TILES": weight.words.shape[0], "BLOCKS": weight.blocks, "COUNT": n}
 
 
-def matvec(
-    x: Activations, weight: TileWeight, dialect: Dialect, dtype: mx.Dtype, added: mx.array | None = None
-) -> mx.array:
+def matvec(x: Activations, weight: TileWeight, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:
     """x (n, width), made ready by `prepare`, times the transposed weight, plus `added` (n or 1, rows): (n, rows).
 
     In `dtype`, which is that of `added`.
     """
     columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
-    values = constants(weight, x, dialect, dtype, columns) | shapes(weight, x.n)
+    values = constants(weight, x, dtype, columns) | shapes(weight, x.n)
     values["ADDED"] = 0 if added is None else len(added)
     groups = (weight.tiles, -(-x.n * x.parts // columns))
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])

@@ -55,7 +55,7 @@ def _activations(*shape: int) -> mx.array:
 def _product(gpu: Gpu) -> tuple[mx.array, mx.array]:
     """Of few rows and of many, which have kernels of their own."""
     x, signs, codes = _activations(MANY), _signs(), _matrix(0)
-    weight = tiles.arrange(*codes, _CODEBOOK, signs, WIDTH)
+    weight = tiles.arrange(*codes, _CODEBOOK, gpu, signs, WIDTH)
     right = reference.matmul(reference.rotate(x.astype(mx.float32), signs, WIDTH), *codes, _CODEBOOK)
     ours = [products.product(rows, weight, gpu) for rows in (x[:3], x)]
     return mx.concatenate(ours), mx.concatenate([right[:3], right])
@@ -64,8 +64,8 @@ def _product(gpu: Gpu) -> tuple[mx.array, mx.array]:
 def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
     x, signs, (codes, scales) = _activations(2), _signs(), _matrix(0)
     both = mx.concatenate([codes] * 7)[: 2 * WIDTH], mx.concatenate([scales] * 7)[: 2 * WIDTH]
-    first = tiles.arrange(*both, _CODEBOOK, signs, WIDTH)
-    second = tiles.arrange(codes, scales, _CODEBOOK, signs, WIDTH)
+    first = tiles.arrange(*both, _CODEBOOK, gpu, signs, WIDTH)
+    second = tiles.arrange(codes, scales, _CODEBOOK, gpu, signs, WIDTH)
     rotated = reference.rotate(x.astype(mx.float32), signs, WIDTH)
     gate, up = reference.matmul(rotated, *both, _CODEBOOK).split(2, axis=-1)
     inner = reference.rotate(gate * mx.sigmoid(gate) * up, signs, WIDTH)
@@ -75,7 +75,7 @@ def _gated(gpu: Gpu) -> tuple[mx.array, mx.array]:
 def _experts(gpu: Gpu) -> tuple[mx.array, mx.array]:
     """Of pairs of a row and an expert, and of rows in the order of their experts, few and many."""
     signs, each, made = _signs(), [_matrix(e) for e in range(3)], list[tuple[mx.array, mx.array]]()
-    weight = experts.stack([tiles.arrange(*codes, _CODEBOOK, signs, WIDTH) for codes in each])
+    weight = experts.stack([tiles.arrange(*codes, _CODEBOOK, gpu, signs, WIDTH) for codes in each])
     values = [reference.dequantize(*codes, _CODEBOOK) for codes in each]
     pairs = _activations(2, 1, 1), mx.array([[2, 0], [1, 2]], dtype=mx.uint32)
     in_order = [(_activations(n, 1), mx.arange(n, dtype=mx.uint32) * 3 // n) for n in (9, MANY)]

@@ -95,6 +95,6 @@ def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, add
     """Activations that `hadamard.prepare` made ready times the transposed weight, plus `added`: (n, rows)."""
     more = None if added is None else added.reshape(-1, weight.rows)
     if ready.n <= FEW_ROWS:
-        return matvec.matvec(ready, weight, gpu, dtype, more)
+        return matvec.matvec(ready, weight, dtype, more)
     y = warpgroup.matmul(ready, weight, dtype) if ready.in_pieces else matmul.matmul(ready, weight, gpu, dtype)
     return y if more is None else y + more

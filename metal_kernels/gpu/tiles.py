@@ -9,7 +9,7 @@ import numpy as np
 
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.fixed import fixed_words
-from metal_kernels.launch import made
+from metal_kernels.launch import Dialect, made
 from metal_kernels.layout import bits_of, pack, unpack
 
 TILE_ROWS = 16
@@ -22,7 +22,7 @@ CODES_AT_ONCE = 1 << 24
 
 
 Arrays = tuple[mx.array, mx.array]
-Recipe = tuple[int, int, int, int, int, int]
+Recipe = tuple[int, int, int, int, int, bool, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class TileWeight:
 
     words uint32 (tiles, blocks, enough): the `codes`, the `scales`, then `fixed`, in one array since MLX takes time for
     every array of a launch. fixed: `fixed_words` with a `decoding_table`. group 0: one scale a row. block: the
-    Hadamard transform's (1: none). The tiles of all experts, `rows` rows each, follow each other.
+    Hadamard transform's (1: none). nvidia: 4-bit signs lie where NVIDIA's kernels want them. The tiles of all experts,
+    `rows` rows each, follow each other.
     """
 
     words: mx.array
@@ -41,6 +42,7 @@ class TileWeight:
     rows: int
     width: int
     block: int
+    nvidia: bool
     experts: int = 1
 
     @property
@@ -51,12 +53,13 @@ class TileWeight:
     @property
     def recipe(self) -> Recipe:
         """What a product is compiled for."""
-        return self.bits, self.group, self.rows, self.width, self.block, self.experts
+        return self.bits, self.group, self.rows, self.width, self.block, self.nvidia, self.experts
 
     @property
     def constants(self) -> dict[str, int | bool | mx.Dtype]:
         """The compile-time values of reading it."""
-        return {"BITS": self.bits, "GROUP": self.group, "SPARE": self.tiles * TILE_ROWS - self.rows}
+        spare = self.tiles * TILE_ROWS - self.rows
+        return {"BITS": self.bits, "GROUP": self.group, "SPARE": spare, "NVIDIA": self.nvidia}
 
     @property
     def codes(self) -> mx.array:
@@ -90,7 +93,7 @@ class TileWeight:
         codes = mx.take_along_axis(self.codes[tile], lanes[:, None, None, :, None], axis=3)
         blocks = codes.shape[1]
         words = codes.transpose(0, 1, 3, 2, 4).reshape(-1, blocks, 4, 4, self.bits)
-        both = _by_column(_codes_of(words, self.bits), self.bits)
+        both = _by_column(_codes_of(words, self.bits, self.nvidia), self.bits)
         chosen = mx.take_along_axis(both, (row // 8)[:, None, None].astype(mx.uint32), axis=1)[:, 0, : self.width]
         own = mx.take_along_axis(self.scales[tile], (row % 8)[:, None, None, None, None], axis=2)
         own = mx.take_along_axis(own, (row // 8)[:, None, None, None, None], axis=4)
@@ -135,25 +138,30 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
 
 
 def arrange(
-    packed: mx.array, scales: mx.array, codebook: tuple[float, ...], signs: mx.array | None = None, block: int = 1
+    packed: mx.array,
+    scales: mx.array,
+    codebook: tuple[float, ...],
+    gpu: Dialect,
+    signs: mx.array | None = None,
+    block: int = 1,
 ) -> TileWeight:
-    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in tiles.
+    """Lay out canonical packed (rows, words) and float16 scales (rows, groups) in tiles, for a GPU's kernels.
 
     Raises KernelError where the kernels cannot multiply by them.
     """
-    bits, rows = bits_of(codebook), packed.shape[0]
+    bits, rows, nvidia = bits_of(codebook), packed.shape[0], gpu == "cuda"
     if bits not in BITS:
         raise KernelError(f"the GPU kernels take weights of 2, 3 or 4 bits, not {bits}; use the reference backend")
     width = packed.shape[1] * 32 // bits
     step = max(1, CODES_AT_ONCE // width // TILE_ROWS) * TILE_ROWS
     parts: list[mx.array] = []
     for first in range(0, rows, step):
-        parts.append(_tiles(packed[first : first + step], bits, width))
+        parts.append(_tiles(packed[first : first + step], bits, width, nvidia))
         mx.eval(parts[-1])
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, parts[0].shape[1])
     fixed = fixed_words(decoding_table(codebook), signs, width)
-    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block)
+    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, nvidia)
 
 
 def in_one(codes: Sequence[mx.array], scales: Sequence[mx.array], fixed: mx.array) -> mx.array:
@@ -172,14 +180,14 @@ def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:
     """The canonical packed codes and scales that `arrange` was given."""
     tiles, blocks = weight.codes.shape[:2]
     words = weight.codes.transpose(0, 1, 3, 2, 4).reshape(tiles, blocks, 32, 4, weight.bits)
-    codes = _by_column(_codes_of(words, weight.bits), weight.bits)
+    codes = _by_column(_codes_of(words, weight.bits, weight.nvidia), weight.bits)
     packed = pack(codes.reshape(tiles * TILE_ROWS, -1)[: weight.rows, : weight.width], weight.bits)
     scales = weight.scales.transpose(0, 4, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)
     groups = weight.width // weight.group if weight.group else 1
     return packed, scales[: weight.rows, :groups]
 
 
-def _tiles(packed: mx.array, bits: int, width: int) -> mx.array:
+def _tiles(packed: mx.array, bits: int, width: int, nvidia: bool) -> mx.array:
     codes = unpack(packed, bits, width)
     rows, columns = -packed.shape[0] % TILE_ROWS, -width % BLOCK_COLUMNS
     codes = mx.pad(codes, [(0, rows), (0, columns)], constant_values=1 << (bits - 1))
@@ -189,11 +197,11 @@ def _tiles(packed: mx.array, bits: int, width: int) -> mx.array:
     planes = axes.transpose(0, 3, 2, 6, 4, 5, 7, 8, 1, 9).reshape(tiles, blocks, 32, 4, 4, 8)
     middle = 1 << (bits - 1)
     signed = mx.where(planes < middle, 2 * middle - 1 - planes, planes - middle)
-    words = _words_of(signed, bits)
+    words = _words_of(signed, bits, nvidia)
     return words.reshape(tiles, blocks, 32, bits, 4).transpose(0, 1, 3, 2, 4)
 
 
-def _words_of(codes: mx.array, bits: int) -> mx.array:
+def _words_of(codes: mx.array, bits: int, nvidia: bool) -> mx.array:
     """Codes (..., 4 planes, 8), sign bit on top, to words (..., bits)."""
     nibble = mx.arange(8, dtype=mx.uint32) * 4
     if bits == 2:
@@ -201,27 +209,27 @@ def _words_of(codes: mx.array, bits: int) -> mx.array:
         return mx.stack([planes[..., 0] | (planes[..., 1] << 2), planes[..., 2] | (planes[..., 3] << 2)], axis=-1)
     low = ((codes & 7) << nibble).sum(-1).astype(mx.uint32)
     if bits == 4:
-        return low | ((codes >> 3) << _sign_places()).sum(-1).astype(mx.uint32)
+        return low | ((codes >> 3) << _sign_places(nvidia)).sum(-1).astype(mx.uint32)
     return mx.stack([low[..., i] | (((low[..., 3] >> i) & 0x11111111) << 3) for i in range(3)], axis=-1)
 
 
-def _codes_of(words: mx.array, bits: int) -> mx.array:
+def _codes_of(words: mx.array, bits: int, nvidia: bool) -> mx.array:
     """The inverse of `_words_of`."""
     nibble = mx.arange(8, dtype=mx.uint32) * 4
     if bits == 2:
         planes = mx.stack([words[..., q // 2] >> (2 * (q % 2)) for q in range(4)], axis=-1)
         return (planes[..., None] >> nibble) & 3
     if bits == 4:
-        return ((words[..., None] >> nibble) & 7) | (((words[..., None] >> _sign_places()) & 1) << 3)
+        return ((words[..., None] >> nibble) & 7) | (((words[..., None] >> _sign_places(nvidia)) & 1) << 3)
     last = (words >> 3) & 0x11111111
     last = last[..., :1] | (last[..., 1:2] << 1) | (last[..., 2:] << 2)
     return (mx.concatenate([words, last], axis=-1)[..., None] >> nibble) & 7
 
 
-def _sign_places() -> mx.array:
+def _sign_places(nvidia: bool) -> mx.array:
     """Where the 4-bit sign of each nibble lies in its word, (8,)."""
     n = mx.arange(8, dtype=mx.uint32)
-    return 8 * (n % 4) + 7 - n // 4 * 4
+    return 8 * (n % 4) + 7 - n // 4 * 4 if nvidia else 4 * n + 3
 
 
 def _by_column(planes: mx.array, bits: int) -> mx.array:

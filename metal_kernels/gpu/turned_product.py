@@ -104,7 +104,7 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
     rows = _capacity(n) * parts
     at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= MEMORY[gpu])
     return {
-        "PARTS": parts, "NVIDIA": gpu == "cuda", "COLUMNS": rows,
+        "PARTS": parts, "COLUMNS": rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": min(at_once, layout.values), "TRANSFORM": weight.block > 1,
         "SCALED": dtype != mx.float16, "WIDTH": weight.width, "PADDED": weight.padded, "ROWS": _capacity(n), "T": dtype,
     } | weight.constants | shapes(weight, n)  # fmt: skip

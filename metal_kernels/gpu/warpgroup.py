@@ -59,7 +59,6 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = S
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
         "COUNT": shape.planes,
-        "NVIDIA": True,
         "T": dtype,
     }
     threads = WARPGROUP_TILES * SIMD * shape.warpgroups

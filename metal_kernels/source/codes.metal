@@ -5,8 +5,8 @@
 // eight codes, nibble 4h + 2r + e of it for row g + 8r: as pairs of halves these are the four registers of a
 // 16 x 16 matrix that one step of a matrix unit takes. A code is a sign, its top bit, and the index of a magnitude. Of 3
 // bits the codes of planes 0, 1 and 2 are the low bits of the nibbles of words 0, 1 and 2, plane 3 is their top bits; of 2
-// bits a word holds two planes; of 4 bits one, with the signs of nibbles 0 to 3 in the top bits of nibbles 1, 3, 5 and 7,
-// those of the others in the top bits of 0, 2, 4 and 6.
+// bits a word holds two planes; of 4 bits one, for NVIDIA with the signs of nibbles 0 to 3 in the top bits of nibbles 1, 3, 5
+// and 7, those of the others in the top bits of 0, 2, 4 and 6.
 #pragma once
 
 namespace turboquant {
@@ -71,7 +71,8 @@ inline Table load_bytes(Device<const uint> table) {
 template <int BITS>
 inline Table load_table(Device<const uint> table, uint lane) {
   Table loaded = load_bytes(table);
-  uint one = loaded.half_of(lane % 8), two = join_bits(loaded.half_of(lane % 4), loaded.half_of(lane / 4 % 4));
+  uint one = loaded.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u);
+  uint two = join_bits(loaded.half_of(lane % 4), loaded.half_of(lane / 4 % 4));
   loaded.lanes = LaneTable(BITS == 2 ? two : one);
   return loaded;
 }
@@ -82,7 +83,7 @@ template <int BITS, bool NVIDIA>
 struct Decoder {
   // Plane q of a unit as the four registers of a 16 x 16 matrix.
   static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
-    uint codes = BITS == 2 ? words.at[BITS * unit + q / 2] : plane<BITS>(words, unit, q), values[8];
+    uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4], values[8];
     UNROLL
     for (int i = 0; i < 4; i++) {
       uint two = shift_both(codes, 4 * i) & 0x000f000fu;
@@ -90,25 +91,9 @@ struct Decoder {
       values[i] = BITS == 2 && q % 2 == 1 ? upper_bits(first) : lower_bits(first);
       values[4 + i] = BITS == 2 && q % 2 == 1 ? upper_bits(second) : lower_bits(second);
     }
-    uint4 pairs;
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-      uint even = join_bits(values[4 * i], values[4 * i + 2]), odd = join_bits(values[4 * i + 1], values[4 * i + 3]);
-      if (BITS == 4) {
-        uint signs = words.at[BITS * unit + q % BITS];
-        even ^= (signs << (8 + 4 * i)) & 0x80008000u;
-        odd ^= (signs << (4 * i)) & 0x80008000u;
-      }
-      uint first = join_bits(lower_bits(even), lower_bits(odd)), second = join_bits(upper_bits(even), upper_bits(odd));
-      if (i == 0) {
-        pairs.x = first;
-        pairs.y = second;
-      } else {
-        pairs.z = first;
-        pairs.w = second;
-      }
-    }
-    return pairs;
+    return uint4{
+        join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
+        join_bits(values[6], values[7])};
   }
 };
 

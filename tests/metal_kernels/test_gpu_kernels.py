@@ -49,9 +49,9 @@ def all_products(gpu: Dialect, dtype: mx.Dtype, rows: int) -> list[mx.array]:
     x = mx.random.normal((rows, WIDTH), key=mx.random.key(9)).astype(dtype)
     made: list[mx.array] = []
     for bits, group in WEIGHTS:
-        weight = tiles.arrange(*weights(bits, group), lloyd_max(bits))
+        weight = tiles.arrange(*weights(bits, group), lloyd_max(bits), gpu)
         ready = hadamard.prepare(x, fixed_words(None, None, WIDTH), 1)
-        made.append(matvec.matvec(ready, weight, gpu, dtype))
+        made.append(matvec.matvec(ready, weight, dtype))
     return made
 
 
@@ -84,7 +84,7 @@ def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dty
 
     def run() -> list[mx.array]:
         ready = hadamard.prepare(x, fixed_words(None, None, WIDTH), 1)
-        arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0])) for case in cases]
+        arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0]), gpu) for case in cases]
         return [matmul.matmul(ready, weight, gpu, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
 
     for (bits, group), y in zip(cases, on_machine(tmp_path, run), strict=True):
@@ -105,7 +105,7 @@ ODD_SHAPES = [
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("metal", mx.float16), ("cuda", mx.bfloat16)], ids=str)
 def test_odd_shapes_of_strided_activations_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype) -> None:
-    made = [(case, *odd_case(*case, dtype)) for case in ODD_SHAPES]
+    made = [(case, *odd_case(*case, dtype, gpu)) for case in ODD_SHAPES]
 
     def run() -> list[mx.array]:
         return [products.multiply(x, weight, gpu) for _, x, weight, _ in made]
@@ -117,14 +117,14 @@ def test_odd_shapes_of_strided_activations_equal_the_reference(tmp_path: Path, g
 
 
 def odd_case(
-    rows: int, width: int, n: int, bits: int, group: int, dtype: mx.Dtype
+    rows: int, width: int, n: int, bits: int, group: int, dtype: mx.Dtype, gpu: Gpu
 ) -> tuple[mx.array, tiles.TileWeight, mx.array]:
     """Activations, every second column of an array; a weight; and their product by the reference."""
     block, turn = choose_block(width, "auto"), mx.array(signs(width, bits))
     x = mx.random.normal((n, width, 2), key=mx.random.key(rows)).astype(dtype)[:, :, 1]
     codes = quantize(mx.random.normal((rows, width), key=mx.random.key(width)), lloyd_max(bits), group)
     rotated = reference.rotate(x.astype(mx.float32), turn, block)
-    weight = tiles.arrange(*codes, lloyd_max(bits), turn, block)
+    weight = tiles.arrange(*codes, lloyd_max(bits), gpu, turn, block)
     return x, weight, reference.matmul(rotated, *codes, lloyd_max(bits))
 
 
@@ -148,7 +148,7 @@ def test_products_with_experts_equal_the_reference(
     monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
     turn = mx.array(signs(WIDTH, 3))
     each = [quantize(mx.random.normal((ROWS, WIDTH), key=mx.random.key(e)), lloyd_max(3), 64) for e in range(EXPERTS)]
-    weight = experts.stack([tiles.arrange(*codes, lloyd_max(3), turn, WIDTH) for codes in each])
+    weight = experts.stack([tiles.arrange(*codes, lloyd_max(3), gpu, turn, WIDTH) for codes in each])
     values = [reference.dequantize(*codes, lloyd_max(3)) for codes in each]
     inputs = {name: mx.random.normal((*shape, WIDTH), key=mx.random.key(7)) for name, (shape, _) in CHOICES.items()}
 
@@ -195,19 +195,21 @@ def test_gated_activations_are_rotated_as_the_activation_and_the_rotation_would(
     assert mx.abs(found - expected).max() < 2e-2 * mx.abs(expected).max()
 
 
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
 @pytest.mark.parametrize(("bits", "group"), WEIGHTS)
-def test_the_layout_of_tiles_can_be_undone(bits: int, group: int) -> None:
+def test_the_layout_of_tiles_can_be_undone(bits: int, group: int, gpu: Gpu) -> None:
     packed, scales = weights(bits, group)
-    restored = tiles.restore(tiles.arrange(packed, scales, lloyd_max(bits)))
+    restored = tiles.restore(tiles.arrange(packed, scales, lloyd_max(bits), gpu))
     assert mx.array_equal(restored[0], packed)
     assert mx.array_equal(restored[1], scales)
 
 
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
 @pytest.mark.parametrize(("bits", "group"), WEIGHTS)
-def test_single_rows_of_tiles_can_be_taken(bits: int, group: int) -> None:
+def test_single_rows_of_tiles_can_be_taken(bits: int, group: int, gpu: Gpu) -> None:
     packed, scales = weights(bits, group)
     rows = mx.array([39, 0, 8, 17, 8], dtype=mx.uint32)
-    taken = tiles.arrange(packed, scales, lloyd_max(bits)).take(rows)
+    taken = tiles.arrange(packed, scales, lloyd_max(bits), gpu).take(rows)
     assert mx.array_equal(taken[0], packed[rows])
     assert mx.array_equal(taken[1], scales[rows])
 
@@ -216,9 +218,9 @@ def one_product() -> list[mx.array]:
     """A rotated product, short enough to be compiled again for every fault."""
     turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
     x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
-    weight = tiles.arrange(*weights(3, 64), lloyd_max(3))
+    weight = tiles.arrange(*weights(3, 64), lloyd_max(3), "host")
     ready = hadamard.prepare(x, fixed_words(None, turn, WIDTH), block)
-    return [matvec.matvec(ready, weight, "host", mx.float16)]
+    return [matvec.matvec(ready, weight, mx.float16)]
 
 
 def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.array]:

@@ -18,7 +18,12 @@ BOUND = {mx.float16: 3e-3, mx.float32: 1e-3, mx.bfloat16: 1.6e-2}
 
 
 def weight_of(
-    bits: int, group: int, width: int, block: int | None = None, rows: int = ROWS
+    bits: int,
+    group: int,
+    width: int,
+    block: int | None = None,
+    rows: int = ROWS,
+    gpu: turned_product.Dialect = "cuda",
 ) -> tuple[TileWeight, mx.array]:
     """A weight in tiles, and the matrix (rows, width) that its codes stand for, in the original domain."""
     matrix = mx.random.normal((rows, width), key=mx.random.key(bits)) / width**0.5
@@ -26,7 +31,7 @@ def weight_of(
     turn = turn if block > 1 else None
     packed, scales = quantize(reference.rotate(matrix, turn, block), lloyd_max(bits), group)
     values = reference.unrotate(reference.dequantize(packed, scales, lloyd_max(bits)), turn, block)
-    return tiles.arrange(packed, scales, lloyd_max(bits), turn, block), values
+    return tiles.arrange(packed, scales, lloyd_max(bits), gpu, turn, block), values
 
 
 def activations(n: int, width: int, dtype: mx.Dtype) -> mx.array:
@@ -36,7 +41,7 @@ def activations(n: int, width: int, dtype: mx.Dtype) -> mx.array:
 @pytest.mark.parametrize(("dtype", "n"), [(mx.float16, 1), (mx.bfloat16, 3), (mx.float32, 2)], ids=str)
 @pytest.mark.parametrize("gpu", ["metal", "cuda"])
 def test_every_kind_of_weight(tmp_path: Path, dtype: mx.Dtype, n: int, gpu: turned_product.Dialect) -> None:
-    made = [weight_of(bits, group, 384) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
+    made = [weight_of(bits, group, 384, gpu=gpu) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
     x = activations(n, 384, dtype)
     found = on_machine(tmp_path, lambda: [turned_product.turned_product(x, weight, gpu) for weight, _ in made])
     for (weight, values), y in zip(made, found, strict=True):

@@ -22,7 +22,7 @@ CASES = [
 
 
 def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
-    made = [odd_case(*case[:6]) for case in CASES]
+    made = [odd_case(*case[:6], "cuda") for case in CASES]
 
     def run() -> list[mx.array]:
         ready = [hadamard.prepare(x, weight.fixed, weight.block, in_pieces=True) for x, weight, _ in made]
@@ -39,14 +39,14 @@ def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
 
 def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warpgroup, "there", lambda: True)
-    x, weight, right = odd_case(40, 256, 65, 3, 64, mx.float16)
+    x, weight, right = odd_case(40, 256, 65, 3, 64, mx.float16, "cuda")
     y = on_machine(tmp_path, lambda: [products.product(x, weight, "cuda")])[0]
     assert mx.abs(y.astype(mx.float32) - right).max() < 1e-3 * mx.abs(right).max()
     assert not warpgroup.fits(warpgroup.FEW_ROWS)
 
 
 def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
-    _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16)
+    _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16, "cuda")
     ready = Activations(
         mx.zeros((65, hadamard.PIECE_ROWS * 512 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
     )

@@ -39,7 +39,7 @@ class Layer:
             turn, block = mx.array(signs(width, seed)), width & -width
             drawn = mx.random.normal((rows, width), key=mx.random.key(10 * seed + i)) / width**0.5
             codes = quantize(reference.rotate(drawn, turn, block), lloyd_max(4), 32)
-            arranged[name] = tiles.arrange(*codes, lloyd_max(4), turn, block)
+            arranged[name] = tiles.arrange(*codes, lloyd_max(4), "metal", turn, block)
             matrices[name] = reference.unrotate(reference.dequantize(*codes, lloyd_max(4)), turn, block)
         norms = [1 + 0.1 * mx.random.normal((WIDTH,), key=mx.random.key(seed + i)) for i in (50, 51)]
         first, second = (Norm(norm.astype(mx.float16), 1e-5) for norm in norms)
