@@ -6,7 +6,6 @@ once. Models loaded by this project call `attend`; to any other model the cache 
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -22,12 +21,11 @@ from quant_engine import rotation
 from quant_engine.codebook import lloyd_max, uniform
 from quant_engine.config import GROUP_SIZES, CacheConfig
 from quant_engine.errors import InputError, RecipeError
+from quant_engine.pacing import under_way
 from quant_engine.token_store import Array, TokenStore, stored
 
 STEP = 256
 """Tokens by which storage grows, as mlx-lm's."""
-LONG, AHEAD = 512, 2
-"""Tokens of a long step, and how many of its layers may be under way: MLX holds the activations of all that are."""
 
 _Pair = tuple[mx.array, mx.array]
 
@@ -64,8 +62,7 @@ class _Side:
         """Pack x (B, KV heads, L, size) as the tokens from `at` on; room grows by `step`."""
         self._in_place = None
         new, end = metal_kernels.pack_cache(x, self._code_for(x.shape[-1])), at + x.shape[2]
-        if x.shape[2] >= LONG:
-            _pace(new[0])
+        under_way.add(new[0])
         self.store = cast(
             _Pair, tuple(_grown(None if self.store is None else self.store[i], new[i], at, end, step) for i in range(2))
         )
@@ -97,18 +94,6 @@ class _Side:
     @property
     def nbytes(self) -> int:
         return 0 if self.store is None else self.store[0].nbytes + self.store[1].nbytes
-
-
-def _pace(codes: mx.array) -> None:
-    """Have a layer's codes computed, and wait for those that came AHEAD of them."""
-    mx.async_eval(codes)
-    _under_way.append(codes)
-    if len(_under_way) > 2 * AHEAD:
-        mx.eval(_under_way.popleft())
-
-
-_under_way = deque[mx.array]()
-"""Codes of keys and of values of the last layers."""
 
 
 def _grown(buffer: mx.array | None, new: mx.array, used: int, needed: int, step: int) -> mx.array:

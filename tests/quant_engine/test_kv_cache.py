@@ -1,5 +1,4 @@
 import copy
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from metal_kernels import use_backend
-from quant_engine import kv_cache
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError, RecipeError
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant, load_cache, save_cache
@@ -212,19 +209,6 @@ def test_it_behaves_as_mlx_lms_caches_do() -> None:
     assert cache.make_mask(1) is None
     assert cache.make_mask(4) == "causal"
     assert cache.make_mask(4, return_array=True).shape == (4, 4)
-
-
-def test_no_more_than_a_few_layers_of_a_prompt_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX would hold the activations of all of them."""
-    begun, waited = list[int](), list[int]()
-    monkeypatch.setattr(kv_cache, "_under_way", deque())
-    monkeypatch.setattr(mx, "async_eval", lambda codes: begun.append(id(codes)))
-    monkeypatch.setattr(mx, "eval", lambda codes: waited.append(id(codes)))
-    with use_backend("reference"):
-        for tokens in (kv_cache.LONG - 1, *[kv_cache.LONG] * 5):
-            TurboQuantKVCache().add(*_heads(tokens))
-    assert len(begun) == 10
-    assert waited == begun[: 10 - 2 * kv_cache.AHEAD]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
