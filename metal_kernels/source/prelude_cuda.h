@@ -50,7 +50,7 @@ __device__ inline uint upper_bits(uint word) {
 }
 
 __device__ inline uint join_bits(uint lower, uint upper) {
-  return lower | (upper << 16);
+  return (lower & 0xffffu) | (upper << 16);
 }
 
 // A shift of which both halves are taken.
