@@ -77,23 +77,30 @@ inline Table load_table(Device<const uint> table, uint lane) {
   return loaded;
 }
 
-// For machines without a byte permutation: values are other lanes'. Apple's take four turns for a shift and two to ask a
-// lane, so two codes, half a word apart, share a shift, and of 2 bits two planes' codes a look-up.
+// For machines without a byte permutation: the halves of eight codes, four in each half of a word, STEP bits from one to the
+// next, as pairs; of what a lane holds the upper half or the lower. Apple's machines take four turns for a shift and two to
+// ask a lane, so two codes share a shift.
+template <int STEP>
+inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& table) {
+  uint values[8];
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    uint two = shift_both(codes, STEP * i) & mask;
+    uint first = table.lanes.at(lower_bits(two)), second = table.lanes.at(upper_bits(two));
+    values[i] = upper ? upper_bits(first) : lower_bits(first);
+    values[4 + i] = upper ? upper_bits(second) : lower_bits(second);
+  }
+  return uint4{
+      join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
+      join_bits(values[6], values[7])};
+}
+
 template <int BITS, bool NVIDIA>
 struct Decoder {
-  // Plane q of a unit as the four registers of a 16 x 16 matrix.
+  // Plane q of a unit as the four registers of a 16 x 16 matrix. Of 2 bits two planes share their look-ups.
   static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
-    uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4], values[8];
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-      uint two = shift_both(codes, 4 * i) & 0x000f000fu;
-      uint first = table.lanes.at(lower_bits(two)), second = table.lanes.at(upper_bits(two));
-      values[i] = BITS == 2 && q % 2 == 1 ? upper_bits(first) : lower_bits(first);
-      values[4 + i] = BITS == 2 && q % 2 == 1 ? upper_bits(second) : lower_bits(second);
-    }
-    return uint4{
-        join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
-        join_bits(values[6], values[7])};
+    uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
+    return look_up<4>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, table);
   }
 };
 

@@ -99,16 +99,7 @@ struct TokenDecoder {
       return uint4{first.first, first.second, second.first, second.second};
     }
     constexpr uint MASK = (1u << BITS) - 1;
-    uint both = join_bits(one, two), values[8];
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-      uint lanes = shift_both(both, i * BITS % 32) & (MASK | (MASK << 16));
-      values[i] = table.lanes.at(lower_bits(lanes));
-      values[4 + i] = table.lanes.at(upper_bits(lanes));
-    }
-    return uint4{
-        join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
-        join_bits(values[6], values[7])};
+    return look_up<BITS>(join_bits(one, two), MASK | (MASK << 16), false, table);
   }
 };
 
