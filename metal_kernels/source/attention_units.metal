@@ -76,7 +76,8 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
       }
       UNROLL
       for (int i = 0; i < (RUN + 3) / 4; i++) {
-        add_values(i, a.values_with(b, i, value_table), c.values_with(d, i, value_table), weights);
+        add_values(i, a.template values_with<true>(b, i, value_table),
+                   c.template values_with<true>(d, i, value_table), weights);
       }
     }
   }
@@ -98,7 +99,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
       }
       UNROLL
       for (int j = 0; j < (i + 1 < STEPS ? 2 : 1); j++) {
-        uint4 both = one.values_with(two, i + j, table), k = uint4{both.x, both.z, both.y, both.w};
+        uint4 both = one.template values_with<true>(two, i + j, table), k = uint4{both.x, both.z, both.y, both.w};
         UNROLL
         for (int n = 0; n < EIGHTS; n++) {
           matrix_multiply(scores[n], k, j ? q[n].z : q[n].x, j ? q[n].w : q[n].y);

@@ -23,7 +23,7 @@ struct MatrixUnit {
   }
 
   static uint pair_of(uint first, uint second, uint odd) {
-    return odd ? (first >> 16) | (second & 0xffff0000u) : (first & 0xffffu) | (second << 16);
+    return odd ? join_bits(upper_bits(first), upper_bits(second)) : join_bits(lower_bits(first), lower_bits(second));
   }
 
   static uint4 operands(Shared<uint4> tile, uint first_column, uint half_unit, uint seat) {
@@ -43,7 +43,7 @@ struct MatrixUnit {
 
   // One of a pair of halves, twice.
   static uint twice(uint pair, bool upper) {
-    return upper ? (pair >> 16) | (pair & 0xffff0000u) : (pair & 0xffffu) | (pair << 16);
+    return pair_of(pair, pair, upper);
   }
 };
 

@@ -23,21 +23,11 @@ struct Stream {
   uint at[WORDS + 1];
 
   void load(Device<const uint> head, uint which) {
-    fetch(head, which);
-    align(which);
-  }
-
-  // The words that it touches.
-  void fetch(Device<const uint> head, uint which) {
     uint word = which * SIZE / 32, last = SIZE * RUNS / 32 - 1;
     UNROLL
     for (int i = 0; i < WORDS + 1; i++) {
       at[i] = i < TOUCHED ? head[INSIDE || word + i < last ? word + i : last] : 0;
     }
-  }
-
-  // Moves what was fetched to bit 0.
-  void align(uint which) {
     if (!ALIGNED) {
       UNROLL
       for (int i = 0; i < WORDS; i++) {
@@ -207,15 +197,14 @@ struct TokenRun {
     return ONE_SCALE ? low(scale) : 1.0f;
   }
 
-#ifdef NVIDIA_INSTRUCTIONS
-  // Those of this token, and of another one: two pairs each.
+  // Values 4c to 4c + 3 of this token, and of another one: two pairs each.
+  template <bool NVIDIA>
   uint4 values_with(const thread TokenRun& other, int c, const thread Table& table) const {
-    uint4 all = TokenDecoder<BITS, true>::decode(codes.four(c), other.codes.four(c), table);
+    uint4 all = TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), other.codes.four(c), table);
     uint mine = ONE_SCALE ? scale : scale_of(c), others = ONE_SCALE ? other.scale : other.scale_of(c);
     return uint4{multiply_pairs(all.x, mine), multiply_pairs(all.y, mine), multiply_pairs(all.z, others),
                  multiply_pairs(all.w, others)};
   }
-#endif
 };
 
 } // namespace turboquant
