@@ -194,7 +194,7 @@ def _tiles(packed: mx.array, bits: int, width: int, nvidia: bool) -> mx.array:
     tiles, blocks = codes.shape[0] // TILE_ROWS, codes.shape[1] // BLOCK_COLUMNS
     # Rows as (r, g), columns as (block, unit, p, t, s, h, e), see codes.metal.
     axes = codes.reshape(tiles, 2, 8, blocks, 4, 2, 4, 2, 2, 2)
-    planes = axes.transpose(0, 3, 2, 6, 4, 5, 7, 8, 1, 9).reshape(tiles, blocks, 32, 4, 4, 8)
+    planes = axes.transpose(0, 3, 2, 6, 4, 5, 7, 8, 9, 1).reshape(tiles, blocks, 32, 4, 4, 8)
     middle = 1 << (bits - 1)
     signed = mx.where(planes < middle, 2 * middle - 1 - planes, planes - middle)
     words = _words_of(signed, bits, nvidia)
@@ -238,7 +238,7 @@ def _by_column(planes: mx.array, bits: int) -> mx.array:
     codes = mx.where(planes < middle, planes + middle, 2 * middle - 1 - planes)
     tiles, blocks, lanes = planes.shape[:3]
     axes = codes.reshape(tiles, blocks, lanes // 4, 4, 4, 2, 2, 2, 2, 2)
-    return axes.transpose(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(tiles, lanes // 2, -1)
+    return axes.transpose(0, 9, 2, 1, 4, 5, 3, 6, 7, 8).reshape(tiles, lanes // 2, -1)
 
 
 def _tile_scales(scales: mx.array, group: int, blocks: int) -> mx.array:

@@ -2,7 +2,7 @@
 //
 // A tile is 16 rows, a block 256 columns, a unit 64. Of each unit a lane (g = lane / 4, t = lane % 4) holds 32 codes
 // in BITS words: rows g and g + 8, columns 32p + 8t + 4s + 2h + e for p, s, h, e in {0, 1}. Plane q = 2p + s has
-// eight codes, nibble 4h + 2r + e of it for row g + 8r: as pairs of halves these are the four registers of a
+// eight codes, nibble 4h + 2e + r of it for row g + 8r: as pairs of halves these are the four registers 2h + r of a
 // 16 x 16 matrix that one step of a matrix unit takes. A code is a sign, its top bit, and the index of a magnitude. Of 3
 // bits the codes of planes 0, 1 and 2 are the low bits of the nibbles of words 0, 1 and 2, plane 3 is their top bits; of 2
 // bits a word holds two planes; of 4 bits one, for NVIDIA with the signs of nibbles 0 to 3 in the top bits of nibbles 1, 3, 5
@@ -78,9 +78,9 @@ inline Table load_table(Device<const uint> table, uint lane) {
 }
 
 // For machines without a byte permutation: the halves of eight codes, four in each half of a word, STEP bits from one to the
-// next, as pairs; of what a lane holds the upper half or the lower. Apple's machines take four turns for a shift and two to
-// ask a lane, so two codes share a shift.
-template <int STEP>
+// next, as pairs of codes that are DISTANCE (1 or 2) apart; of what a lane holds the upper half or the lower. Apple's machines
+// take four turns for a shift and two to ask a lane, so two codes share a shift.
+template <int STEP, int DISTANCE>
 inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& table) {
   uint values[8];
   UNROLL
@@ -90,9 +90,10 @@ inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& tabl
     values[i] = upper ? upper_bits(first) : lower_bits(first);
     values[4 + i] = upper ? upper_bits(second) : lower_bits(second);
   }
+  constexpr int OTHER = 3 - DISTANCE;
   return uint4{
-      join_bits(values[0], values[1]), join_bits(values[2], values[3]), join_bits(values[4], values[5]),
-      join_bits(values[6], values[7])};
+      join_bits(values[0], values[DISTANCE]), join_bits(values[OTHER], values[3]),
+      join_bits(values[4], values[4 + DISTANCE]), join_bits(values[4 + OTHER], values[7])};
 }
 
 template <int BITS, bool NVIDIA>
@@ -100,7 +101,7 @@ struct Decoder {
   // Plane q of a unit as the four registers of a 16 x 16 matrix. Of 2 bits two planes share their look-ups.
   static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
     uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
-    return look_up<4>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, table);
+    return look_up<4, 2>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, table);
   }
 };
 
@@ -120,8 +121,8 @@ struct Decoder<BITS, true> {
       high_second ^= (signs << 4) & 0x80808080u;
     }
     return uint4{
-        byte_permute(low_first, high_first, 0x5140u), byte_permute(low_first, high_first, 0x7362u),
-        byte_permute(low_second, high_second, 0x5140u), byte_permute(low_second, high_second, 0x7362u)};
+        byte_permute(low_first, high_first, 0x6240u), byte_permute(low_first, high_first, 0x7351u),
+        byte_permute(low_second, high_second, 0x6240u), byte_permute(low_second, high_second, 0x7351u)};
   }
 };
 #endif

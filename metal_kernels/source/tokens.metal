@@ -89,7 +89,7 @@ struct TokenDecoder {
       return uint4{first.first, first.second, second.first, second.second};
     }
     constexpr uint MASK = (1u << BITS) - 1;
-    return look_up<BITS>(join_bits(one, two), MASK | (MASK << 16), false, table);
+    return look_up<BITS, 1>(join_bits(one, two), MASK | (MASK << 16), false, table);
   }
 };
 
