@@ -7,8 +7,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,36 @@ Run = Callable[[int], mx.array]
 """A call to be timed, which gets its number."""
 
 
-def microseconds(runs: Sequence[Run], calls: int = 20, repeats: int = 9) -> list[float]:
-    """Median microseconds of one call of each of `runs`, on a GPU over `repeats` rounds of `calls`.
+def microseconds(runs: Sequence[Run], calls: int = 20, turns: int = 12) -> list[float]:
+    """Median microseconds of one call of each of `runs`, on a GPU of half the `turns`, a round of calls in each.
 
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
     has another, uncounted, before it: what follows other calls is slower. On a GPU a round is one graph, built before
     the clock starts, of as many calls as take ROUND_SECONDS, or MOST_CALLS, so that launches go on while kernels run,
     as they do in a model, but for the last hundred: what counts is the GPU's time or that of launching, whichever is
-    longer; all rounds of a turn on the `fastest_core`. On a CPU it is one of `calls`, ROUND of them in a turn.
+    longer; all rounds of a turn on the `fastest_core`. Of the turns those count in which a small kernel of MLX's own
+    was launched fastest, since on a shared machine launching takes twice as long for seconds. On a CPU a round is one
+    of `calls`, ROUND of them in a turn, and all count.
     """
-    counts = [_calls(run, calls) if on_gpu() else ROUND for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats if on_gpu() else -(-calls // ROUND)):
-        with fastest_core() if on_gpu() else nullcontext():
-            for run, count, mine in zip(runs, counts, times, strict=True):
-                mine += _turn(run, count)
-    return [1e6 * statistics.median(mine) for mine in times]
+    if not on_gpu():
+        rounds = [[_round(run, ROUND) for run in runs] for _ in range(-(-calls // ROUND))]
+    else:
+        counts = [_calls(run, calls) for run in runs]
+        taken = sorted((_turn(runs, counts) for _ in range(turns)), key=lambda turn: turn[0])
+        rounds = [each for _, each in taken[: -(-turns // 2)]]
+    return [1e6 * statistics.median(chain.from_iterable(mine)) for mine in zip(*rounds, strict=True)]
+
+
+def _turn(runs: Sequence[Run], counts: Sequence[int]) -> tuple[float, list[list[float]]]:
+    """A round of each of `runs` on a GPU, after how many seconds launching takes meanwhile."""
+    with fastest_core():
+        before = _graph(_launch, MOST_CALLS)
+        rounds = [_round(run, count) for run, count in zip(runs, counts, strict=True)]
+        return max(before, _graph(_launch, MOST_CALLS)), rounds
+
+
+def _launch(_: int) -> mx.array:
+    return mx.arange(8)
 
 
 @contextmanager
@@ -91,7 +106,7 @@ def _calls(run: Run, least: int) -> int:
     return min(MOST_CALLS, max(least, round(ROUND_SECONDS / _graph(run, least))))
 
 
-def _turn(run: Run, calls: int) -> list[float]:
+def _round(run: Run, calls: int) -> list[float]:
     """Seconds of a call, of a graph of them on a GPU or of each by itself on a CPU, after uncounted ones."""
     if on_gpu():
         _graph(run, calls)

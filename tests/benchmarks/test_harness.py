@@ -1,5 +1,8 @@
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import mlx.core as mx
 import pytest
 
 from benchmarks import harness
@@ -25,3 +28,23 @@ def test_every_core_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(tried[: len(cores)]) == cores
     assert tried[len(cores)] in cores
     assert set(tried[len(cores) + 1 :]) == cores
+
+
+def test_turns_in_which_launching_is_slow_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = list[int]()
+
+    @contextmanager
+    def next_turn() -> Iterator[None]:
+        turns.append(len(turns))
+        yield
+
+    def seconds(run: harness.Run, _: int) -> float:
+        slow = 3 if len(turns) % 4 in (1, 2) else 1
+        return slow * run(0).item() * 1e-6
+
+    monkeypatch.setattr(harness, "on_gpu", lambda: True)
+    monkeypatch.setattr(harness, "fastest_core", next_turn)
+    monkeypatch.setattr(harness, "_graph", seconds)
+    monkeypatch.setattr(harness, "_launch", lambda _: mx.array(4))
+    assert harness.microseconds([lambda _: mx.array(5), lambda _: mx.array(9)], turns=8) == pytest.approx([5, 9])
+    assert len(turns) == 8
