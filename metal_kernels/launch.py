@@ -41,12 +41,11 @@ class Kernel:
         """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
 
         MLX hashes the text at every launch. On CUDA a threadgroup's `threads` bound the registers of each, or some
-        kernels could not be launched: MLX writes the signature, to which the bound belongs, after this.
+        kernels could not be launched.
         """
         names = (f"prelude_{dialect}.h", *self.sources)
         if dialect == "cuda":
-            bound = f"#define __global__ __attribute__((global)) __launch_bounds__({threads})"
-            return "".join(map(_include, names)) + f"#undef __global__\n{bound}\n"
+            return f"#define MOST_THREADS {threads}\n" + "".join(map(_include, names))
         return NVIDIA_PARTS.sub("", _flat(names)) if dialect == "metal" else _flat(names)
 
     def body(self, dialect: Dialect) -> str:

@@ -14,6 +14,10 @@
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define thread_index_in_simdgroup (threadIdx.x % 32)
 
+// MLX writes the kernel's signature, to which the bound belongs, after this.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(MOST_THREADS)
+
 using uint = unsigned int;
 
 namespace turboquant {
