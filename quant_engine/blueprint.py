@@ -95,7 +95,8 @@ def draw(
         if path in layers and name == f"{path}.weight":
             decision = policy.decide(path, parameter.shape, keep_unfitting=keep_unfitting)
             if decision.quantize:
-                modules[path] = _entry(parameter, recipe, decision.bits, policy.group_size(path))
+                corrected = recipe.use_qjl and path not in model.embeddings
+                modules[path] = _entry(parameter, recipe, decision.bits, policy.group_size(path), corrected)
                 written.append(packed_tensors(path, modules[path]))
                 continue
             excluded[path] = decision.reason
@@ -123,13 +124,13 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _entry(weight: Parameter, recipe: QuantConfig, bits: int, group_size: int) -> ModuleEntry:
+def _entry(weight: Parameter, recipe: QuantConfig, bits: int, group_size: int, corrected: bool) -> ModuleEntry:
     if weight.dtype not in FLOATS:
         raise UnsupportedModelError(
             f"tensor {weight.name} is {weight.dtype}; weights must be {', '.join(FLOATS)}: give "
             "the original, unquantized model"
         )
     block = 1 if weight.rotated else rotation.choose_block(weight.shape[-1], recipe.rotation)
-    if recipe.use_qjl and len(weight.shape) > 2:
+    if corrected and len(weight.shape) > 2:
         raise RecipeError(f"{weight.name} holds the weights of experts, for which QJL is not available; leave QJL off")
-    return ModuleEntry(bits, group_size, block, weight.shape, recipe.use_qjl)
+    return ModuleEntry(bits, group_size, block, weight.shape, corrected)

@@ -273,7 +273,8 @@ class _Weights:
     def _quantize(self, writer: SafetensorsWriter, name: str, first: int, last: int, raw: Raw) -> Callable[[], None]:
         entry = self.drawn.modules[name.removesuffix(".weight")]
         rows = self.found.rows(name, first, last, raw)
-        part = quantize_weight(rows, replace(self.recipe, group_size=entry.group_size), entry.bits, entry.block)
+        recipe = replace(self.recipe, group_size=entry.group_size, use_qjl=entry.qjl)
+        part = quantize_weight(rows, recipe, entry.bits, entry.block)
         return partial(self._write_quantized, writer, name, first, last, rows, part)
 
     def _write_quantized(

@@ -42,16 +42,16 @@ class ExpertsLinear(nn.Module):
 
 
 class DenseExperts(ExpertsLinear):
-    """Experts in full precision; `array` is their weight (experts, out, in) as it came."""
+    """Experts in full precision."""
 
     def __init__(self, weight: mx.array, bias: mx.array | None = None) -> None:
         super().__init__(Experts([DenseWeight(weight[e]) for e in range(weight.shape[0])]), bias)
-        self._array = weight
+        self._whole = weight
 
     @property
-    def array(self) -> mx.array:
-        """The weight (experts, out, in)."""
-        return self._array
+    def weight(self) -> mx.array:
+        """The weight (experts, out, in) as it came."""
+        return self._whole
 
 
 class TurboQuantExperts(ExpertsLinear):

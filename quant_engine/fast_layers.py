@@ -51,7 +51,7 @@ def fuse_feed_forward(model: nn.Module) -> None:
         gate, down = cast(nn.Module, module["gate_proj"]), cast(nn.Module, module["down_proj"])
         stacked = gate.stacked if isinstance(gate, Branch) else None
         if isinstance(stacked, FastLinear) and _plain(stacked) and isinstance(down, FastLinear) and _plain(down):
-            fused[path] = FeedForward(stacked.weight, down.weight)
+            fused[path] = FeedForward(stacked.matrix, down.matrix)
     adapter.replace_modules(model, fused)
 
 

@@ -108,8 +108,8 @@ def _cpu_step(
     rotary = shared(rotary, rotaries)
     heads = HeadNorms(_array(own.q_norm.weight), _array(own.k_norm.weight), own.q_norm.eps) if "q_norm" in own else None
     layer = DecoderLayer(
-        _array(norms[0].weight), _array(norms[1].weight), norms[0].eps, stacked.weight,
-        _array(stacked.bias) if "bias" in stacked else None, heads, out.weight,
+        _array(norms[0].weight), _array(norms[1].weight), norms[0].eps, stacked.matrix,
+        _array(stacked.bias) if "bias" in stacked else None, heads, out.matrix,
         _array(out.bias) if "bias" in out else None, *feed_forward.weights, own.n_heads, own.n_kv_heads,
     )  # fmt: skip
     return _CpuStep(layer, rotary, own.scale)
@@ -117,7 +117,7 @@ def _cpu_step(
 
 def _gpu_step(block: Any, stacked: FastLinear, out: FastLinear, feed_forward: FeedForward, gpu: Gpu) -> GpuStep | None:
     own = block.self_attn
-    qkv, o, gate_up, down = (tiles_of(weight) for weight in (stacked.weight, out.weight, *feed_forward.weights))
+    qkv, o, gate_up, down = (tiles_of(weight) for weight in (stacked.matrix, out.matrix, *feed_forward.weights))
     if qkv is None or o is None or gate_up is None or down is None:
         return None
     input_norm, norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)

@@ -134,7 +134,7 @@ class TurboQuantKVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> _Pair:
         """Add new tokens; return all keys and values in float, in their original domain, not computed until used."""
         self.add(keys, values)
-        return self._all()
+        return self._all() if self.offset else (keys, values)
 
     def add(self, keys: mx.array, values: mx.array) -> None:
         """Add new tokens, for `attend` to see."""
@@ -143,11 +143,11 @@ class TurboQuantKVCache:
         new = (keys, values)
         missing = self.config.sink_tokens - _tokens(self._sinks)
         if missing > 0 and self._packed == 0:
-            self._sinks, new = _join(self._sinks, _cut(new, 0, missing)), _cut(new, missing)
+            self._sinks, new = _own(_join(self._sinks, _cut(new, 0, missing))), _cut(new, missing)
         if self.config.recent_tokens:
             waiting = _join(self._recent, new)
             settled = max(0, _tokens(waiting) - self.config.recent_tokens)
-            new, self._recent = _cut(waiting, 0, settled), _cut(waiting, settled)
+            new, self._recent = _cut(waiting, 0, settled), _own(_cut(waiting, settled))
         if _tokens(new):
             self._settle(*new)
 
@@ -303,6 +303,11 @@ def _cut(pair: _Pair, first: int, last: int | None = None) -> _Pair:
     return pair[0][:, :, first:last], pair[1][:, :, first:last]
 
 
+def _own(pair: _Pair) -> _Pair:
+    """The tokens in memory of their own: a part of an array would keep the whole."""
+    return mx.contiguous(pair[0]), mx.contiguous(pair[1])
+
+
 def _join(first: _Pair | None, second: _Pair) -> _Pair:
     if first is None or not _tokens(first):
         return second
@@ -350,7 +355,7 @@ def _is_plain(layer: Any) -> bool:
 
 def _compressed(layer: Any, config: CacheConfig) -> TurboQuantKVCache:
     compressed = TurboQuantKVCache(config)
-    if not layer.empty():
+    if not layer.empty() and layer.size():
         compressed.update_and_fetch(*layer.keys_and_values())
     return compressed
 

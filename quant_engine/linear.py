@@ -26,9 +26,16 @@ class FastLinear(nn.Module):
             self.freeze(keys=["bias"])
 
     @property
-    def weight(self) -> Weight:
+    def matrix(self) -> Weight:
         """The weight, as `metal_kernels.matmul` takes it."""
         return self._weight
+
+    @property
+    def weight(self) -> mx.array:
+        """The weight (out, in) decoded anew, for models that read it, in float32 or the precision of its file."""
+        if isinstance(self._weight, AffineWeight):
+            return self._weight.values(mx.float32)
+        return embed(mx.arange(self.shape[0]), self._weight)
 
     @property
     def weight_nbytes(self) -> int:
@@ -51,12 +58,12 @@ class DenseLinear(FastLinear):
 
     def __init__(self, weight: mx.array, bias: mx.array | None = None) -> None:
         super().__init__(DenseWeight(weight), bias)
-        self._array = weight
+        self._whole = weight
 
     @property
-    def array(self) -> mx.array:
+    def weight(self) -> mx.array:
         """The weight (out, in) as it came."""
-        return self._array
+        return self._whole
 
 
 class AffineLinear(FastLinear):
@@ -131,6 +138,11 @@ class FastEmbedding(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return embed(tokens, self._weight).astype(self._dtype)
+
+    @property
+    def weight(self) -> mx.array:
+        """The embeddings of all tokens, decoded anew, for models that read them."""
+        return self(mx.arange(self._weight.shape[0]))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., vocabulary) of hidden states (..., width)."""

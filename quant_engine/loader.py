@@ -27,6 +27,7 @@ from quant_engine.linear import (
 from quant_engine.manifest import Manifest, ModuleEntry
 from quant_engine.model_step import fuse_model
 from quant_engine.parameters import sanitized
+from quant_engine.policy import SMALLEST
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight
 from quant_engine.shared_input import Branch, branches, stack_biases
@@ -111,7 +112,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 def _use_cpu_layers(model: nn.Module, dtype: mx.Dtype, fuse: bool) -> None:
     """Put this project's layers where MLX's own CPU products would be many times slower."""
-    layers = cast(dict[str, nn.Linear], adapter.linear_modules(model))
+    linear = cast(dict[str, nn.Linear], adapter.linear_modules(model))
+    layers = {path: layer for path, layer in linear.items() if min(layer.weight.shape) >= SMALLEST}
     replacements: dict[str, nn.Module] = {}
     for group in adapter.shared_inputs(layers) if fuse else []:
         parts = [layers.pop(path) for path in group]

@@ -199,9 +199,12 @@ def tokenizer(path: Path, eos_token_ids: Any = None, settings: Mapping[str, Any]
 
 
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
-    """Modules of the given kinds by their dotted path, in the model's order."""
+    """Modules of exactly the given kinds by their dotted path, in the model's order.
+
+    A model's own kind of one of them may do something else with its weight.
+    """
     named = cast(list[tuple[str, nn.Module]], model.named_modules())
-    return {path: module for path, module in reversed(named) if isinstance(module, kinds)}
+    return {path: module for path, module in reversed(named) if type(module) in kinds}
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -237,8 +240,9 @@ def dequantize(model: nn.Module) -> None:
 
 def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
     """Give weights of norms the precision of the activations, which would otherwise be raised to theirs."""
-    for norm in linear_modules(model, (nn.RMSNorm, nn.LayerNorm)).values():
-        norm.update({"weight": cast(mx.array, norm["weight"]).astype(dtype)})
+    for norm in model.modules():
+        if isinstance(norm, nn.RMSNorm | nn.LayerNorm):
+            norm.update({"weight": cast(mx.array, norm["weight"]).astype(dtype)})
 
 
 PLAIN_LAYERS = (llama.TransformerBlock, qwen2.TransformerBlock, qwen3.TransformerBlock)

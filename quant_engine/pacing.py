@@ -10,7 +10,10 @@ LONG, AHEAD = 512, 2
 
 
 class Layers(threading.local):
-    """What a thread's last layers gave to their caches, keys and values: MLX's streams are a thread's own too."""
+    """One code of what each of a thread's last layers gave to its cache, made with it: held whole, these would stay.
+
+    MLX's streams are a thread's own too.
+    """
 
     def __init__(self) -> None:
         self.made = deque[mx.array]()
@@ -19,8 +22,9 @@ class Layers(threading.local):
         """Have a layer's codes (B, KV heads, L, words) computed, and wait for those that came AHEAD of them."""
         if codes.shape[2] < LONG:
             return
-        mx.async_eval(codes)
-        self.made.append(codes)
+        last = codes[0, 0, -1, :1] + 0
+        mx.async_eval(last)
+        self.made.append(last)
         if len(self.made) > 2 * AHEAD:
             mx.eval(self.made.popleft())
 

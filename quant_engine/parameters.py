@@ -116,7 +116,7 @@ class Parameter:
     @property
     def matrix(self) -> tuple[int, int]:
         """The shape with all axes but the last as one."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
+        return math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
 
 
 class Parameters(Mapping[str, Parameter]):

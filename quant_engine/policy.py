@@ -15,6 +15,8 @@ WHOLE = 16
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "tok_embeddings")
 HEADS = ("lm_head", "output", "embed_out")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+SMALLEST = 16
+"""Rows and columns of a matrix that is worth quantizing, or kernels of our own."""
 STATE_SPACE = ("in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj", "x_proj")
 ATTENTION = ("self_attn", "attention", "attn", "linear_attn", "mixer")
 FULL_ATTENTION = {"gpt_oss": "attention, which gpt-oss keeps in full precision too"}
@@ -110,4 +112,6 @@ def _structure(path: str, shape: tuple[int, ...]) -> str:
         return "norm"
     if "conv" in name:
         return "convolution"
-    return "" if len(shape) in (2, 3) else "not a matrix"
+    if len(shape) not in (2, 3):
+        return "not a matrix"
+    return f"fewer than {SMALLEST} rows or columns" if min(shape[-2:]) < SMALLEST else ""

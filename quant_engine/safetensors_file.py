@@ -53,6 +53,11 @@ class TensorInfo:
         """Bytes of the tensor."""
         return self.end - self.start
 
+    @property
+    def width(self) -> int:
+        """Values of a row; a number is a row of one."""
+        return self.shape[-1] if self.shape else 1
+
     def rows(self, first: int, last: int, raw: NDArray[np.uint8] | None = None) -> mx.array:
         """Rows [first, last) of a float tensor as a matrix, all axes but the last as one, from `raw` or read now.
 
@@ -60,7 +65,7 @@ class TensorInfo:
         """
         if raw is None:
             raw = self.raw_rows(first, last)
-        return decode(raw, self.dtype).reshape(last - first, self.shape[-1])
+        return decode(raw, self.dtype).reshape(last - first, self.width)
 
     def raw_rows(self, first: int, last: int) -> NDArray[np.uint8]:
         """The bytes of rows [first, last) of a float tensor, read now, in any thread.
@@ -79,10 +84,10 @@ class TensorInfo:
 
     def words(self, first: int, last: int) -> mx.array:
         """As `rows`, for a U32 tensor: packed codes or signs."""
-        return mx.array(self._read_rows(first, last).view(np.uint32)).reshape(last - first, self.shape[-1])
+        return mx.array(self._read_rows(first, last).view(np.uint32)).reshape(last - first, self.width)
 
     def _read_rows(self, first: int, last: int) -> NDArray[np.uint8]:
-        row = self.shape[-1] * SIZES[self.dtype]
+        row = self.width * SIZES[self.dtype]
         return self._read(self.start + first * row, (last - first) * row)
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:

@@ -13,7 +13,7 @@ from quant_engine import turboquant_mlx
 from quant_engine.blueprint import packed_bytes
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
-from quant_engine.experts import DenseExperts, ExpertsLinear, affine_experts, quantized_experts
+from quant_engine.experts import DenseExperts, ExpertsLinear, TurboQuantExperts, affine_experts, quantized_experts
 from quant_engine.linear import AffineLinear, DenseLinear, TurboQuantLinear
 from quant_engine.manifest import Manifest
 from quant_engine.policy import Policy
@@ -137,7 +137,7 @@ def quantize_layer(layer: nn.Module, recipe: Recipe) -> AffineLinear | TurboQuan
 
 def weight_of(layer: nn.Module) -> mx.array:
     """The weight (out, in), or (experts, out, in), of a float linear layer, in the precision of its file."""
-    return layer.array if isinstance(layer, DenseLinear | DenseExperts) else cast(mx.array, layer["weight"])
+    return layer.weight if isinstance(layer, DenseLinear | DenseExperts) else cast(mx.array, layer["weight"])
 
 
 def bias_of(layer: nn.Module) -> mx.array | None:
@@ -159,7 +159,7 @@ def converted(model: nn.Module, source: Source) -> tuple[Variant, QuantConfig]:
         stored = sum(map(packed_bytes, manifest.modules.values()))
     else:
         recipe = turboquant_mlx.recipe_of(source.config)
-        layers = adapter.linear_modules(model, (TurboQuantLinear, ExpertsLinear))
+        layers = adapter.linear_modules(model, (TurboQuantLinear, TurboQuantExperts, ExpertsLinear))
         shapes = {path: cast(TurboQuantLinear | ExpertsLinear, layer).shape for path, layer in layers.items()}
         packed = {f"{path}.{part}" for path in layers for part in turboquant_mlx.PARTS}
         stored = sum(info.nbytes for name, info in source.tensors.items() if name in packed)

@@ -77,7 +77,7 @@ def half_table() -> Array:
 def decode(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> None:
     """Values (tokens, size), still rotated, of canonical codes (tokens, words) and scales (tokens, groups).
 
-    table is as `lookup_table` makes it.
+    table is as `lookup_table` makes it. Of a group whose size 16 does not divide the last values come one by one.
     """
     size, groups = out.shape[1], scales.shape[1]
     bits, group = codes.shape[1] * 32 // size, size // groups
@@ -96,3 +96,9 @@ def decode(codes: Any, scales: Any, table: Any, halves: Any, out: Any) -> None:
                 decode_stream(source, table.ctypes.data, scale, target, runs, 4, LOOKUP)
             else:
                 decode_bytes(source, table[0] * scale, step * scale, target, runs)
+            for i in range(g * group + 16 * runs, (g + 1) * group):
+                word, shift = i * bits // 32, i * bits % 32
+                code = np.uint64(codes[t, word]) >> np.uint64(shift)
+                if shift + bits > 32:
+                    code |= np.uint64(codes[t, word + 1]) << np.uint64(32 - shift)
+                out[t, i] = table[code & np.uint64((1 << bits) - 1)] * scale

@@ -122,6 +122,24 @@ def test_any_head_size_grouping_and_length(bits: int, size: int, heads: int, sha
 
 
 @pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [8, 24, 40, 56, 104])
+def test_heads_that_sixteen_does_not_divide(size: int, bits: int, rows: int) -> None:
+    q, k, v = _normal(1, 4, rows, size, seed=1), _normal(1, 2, 50, size, seed=2), _normal(1, 2, 50, size, seed=3)
+    if size * bits % 32:
+        with pytest.raises(ShapeError):
+            _code(bits, size, 0)
+        return
+    code = _code(bits, size, 0)
+    with use_backend("cpu"):
+        held = pack_cache(k, code), pack_cache(v, code)
+        found = packed_attention(q, *held, code, code, length=50, scale=0.2, mask="causal")
+    keys, values = (unpack_cache(*side, code, mx.float32) for side in held)
+    expected = _exact(q, keys, values, 0.2, "causal", None)
+    assert np.abs(np.array(found) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_room_beyond_the_tokens_is_never_read(backend: str, rows: int) -> None:
     code = _code(3, 64, 64)

@@ -89,3 +89,14 @@ def test_weights_in_dtypes_that_are_no_weights_are_refused(tmp_path: Path) -> No
     write_model(tmp_path, weights=lambda made: made | {name: mx.zeros((256, 128), dtype=mx.uint8)})
     with pytest.raises(UnsupportedModelError, match=rf"tensor {name} is U8"):
         _draw(tmp_path)
+
+
+def test_qjl_is_for_products_and_not_for_embeddings(tmp_path: Path) -> None:
+    drawn = _draw(write_model(tmp_path), QuantConfig(use_qjl=True, embed_bits=4))
+    assert not drawn.modules["model.embed_tokens"].qjl
+    assert drawn.modules["model.layers.0.mlp.up_proj"].qjl
+
+
+def test_matrices_of_a_few_rows_stay_whole(tmp_path: Path) -> None:
+    drawn = _draw(write_model(tmp_path, num_attention_heads=16, num_key_value_heads=1, head_dim=8))
+    assert drawn.excluded["model.layers.0.self_attn.k_proj"] == "fewer than 16 rows or columns"

@@ -229,3 +229,28 @@ def test_room_for_a_prompt_is_made_once(in_place: bool) -> None:
     sizes = [add(tokens) for tokens in (100, 1000, 1900)]
     assert sizes == [1000 + 3072] * 3
     assert add(200) == 4000 + 256
+
+
+def test_first_and_last_tokens_do_not_keep_the_cache_that_they_came_from() -> None:
+    plain = KVCache()
+    plain.update_and_fetch(*_heads(8192))
+    mx.eval(plain.state)
+    nbytes = plain.nbytes
+    (compressed,) = convert_cache_to_turboquant([plain], sink_tokens=4, recent_tokens=4)
+    assert isinstance(compressed, TurboQuantKVCache)
+    mx.eval([part for part in compressed.state if isinstance(part, mx.array)])
+    held = mx.get_active_memory()
+    del plain
+    assert held - mx.get_active_memory() >= nbytes
+
+
+def test_a_cache_without_tokens_is_converted_and_takes_none() -> None:
+    plain = KVCache()
+    plain.update_and_fetch(*_heads(8))
+    plain.trim(8)
+    (compressed,) = convert_cache_to_turboquant([plain])
+    assert compressed.empty()
+    keys, _ = compressed.update_and_fetch(*_heads(0))
+    assert keys.shape == (1, 2, 0, 64)
+    compressed.update_and_fetch(*_heads(3))
+    assert compressed.size() == 3

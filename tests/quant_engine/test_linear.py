@@ -32,8 +32,16 @@ def test_a_turboquant_layer_multiplies_by_the_dequantized_weight(bits: int, use_
 def test_a_dense_layer_is_the_plain_product_and_keeps_its_weight() -> None:
     layer = DenseLinear(WEIGHT, BIAS)
     assert mx.allclose(layer(X), X @ WEIGHT.T + BIAS, atol=1e-5)
-    assert mx.array_equal(layer.array, WEIGHT)
+    assert mx.array_equal(layer.weight, WEIGHT)
     assert mx.allclose(DenseLinear(WEIGHT)(X), X @ WEIGHT.T, atol=1e-5)
+
+
+def test_a_packed_layers_weight_can_be_read() -> None:
+    quantized = quantize_weight(WEIGHT, QuantConfig(bits=4))
+    layer = TurboQuantLinear.from_quantized(quantized)
+    assert mx.allclose(layer.weight, dequantize_weight(quantized), atol=1e-5)
+    affine = AffineLinear.from_dense(WEIGHT, None, bits=4, group_size=64)
+    assert mx.allclose(X @ affine.weight.T, affine(X), atol=1e-4)
 
 
 def test_an_affine_layer_equals_mlxs() -> None:

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import metal_kernels
@@ -15,7 +16,7 @@ from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 from quant_engine.errors import CorruptCheckpointError, RecipeError, SourceError, TurboQuantError
 from quant_engine.linear import TurboQuantLinear
-from quant_engine.loader import file_dtype, load
+from quant_engine.loader import file_dtype, load, load_source
 from quant_engine.quantizer import dequantize_weight, quantize_weight
 from quant_engine.shared_input import Branch
 from quant_engine.source import resolve
@@ -146,3 +147,42 @@ def test_a_config_that_mlx_lm_cannot_use_is_explained(demo_model: Path, tmp_path
         file.write_text(json.dumps(config | change))
         with pytest.raises(TurboQuantError, match=message):
             load(tmp_path / "model")
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 96, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+    "rope_theta": 10000.0, "head_dim": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+GEMMA3N: dict[str, Any] = {
+    **SMALL, "model_type": "gemma3n_text", "hidden_size": 128, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "laurel_rank": 32,
+    "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 32, "sliding_window": 8, "num_kv_heads": 2,
+    "rope_local_base_freq": 1e4, "final_logit_softcapping": 30.0, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "altup_num_inputs": 4, "altup_coef_clip": 0.1,
+    "altup_correct_scale": True, "altup_active_idx": 0,
+}  # fmt: skip
+READING: dict[str, dict[str, Any]] = {
+    "seed_oss": SMALL,
+    "llama4_text": SMALL | {"intermediate_size_mlp": 128, "no_rope_layers": [1, 0], "use_qk_norm": True},
+    "gemma3n": {"text_config": GEMMA3N},
+    "afm7": {"vocab_size": 96, "hidden_dim": 64, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4,
+             "num_kv_heads": 2, "hidden_dim_scale_factor": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", READING)
+def test_models_that_read_their_layers_weights_run(model_type: str, tmp_path: Path) -> None:
+    """Some multiply by a weight themselves, change it, or have linear layers of a kind of their own."""
+    config = {"model_type": model_type, "torch_dtype": "float32"} | READING[model_type]
+    mx.random.seed(0)
+    expected = adapter.build(config)
+    weights = {name: (mx.random.normal(array.shape) * 0.1) for name, array in tree_flatten(expected.parameters())}
+    expected.load_weights(list(weights.items()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    model, tokens = load_source(resolve(tmp_path)), mx.array([[1, 5, 9, 3, 7]])
+    assert mx.allclose(model(tokens), expected(tokens), rtol=1e-3, atol=1e-4)
+    convert(tmp_path, tmp_path / "4bit", config=QuantConfig(bits=4, group_size=32), dtype="bfloat16")
+    assert mx.isfinite(load_source(resolve(tmp_path / "4bit"))(tokens)).all()
