@@ -1,5 +1,14 @@
 """Every failure that a user can cause or meet, each with a message that says what to do next."""
 
+import errno
+
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file got too large",
+    errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the disk is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+}  # fmt: skip
+"""What can be wrong with a disk, in words."""
+
 
 class TurboQuantError(Exception):
     """Base of all expected failures; the text names what was given, what is allowed, what to do."""

@@ -240,7 +240,7 @@ def dequantize(model: nn.Module) -> None:
 
 def match_norms(model: nn.Module, dtype: mx.Dtype) -> None:
     """Give weights of norms the precision of the activations, which would otherwise be raised to theirs."""
-    for norm in model.modules():
+    for norm in cast(list[nn.Module], model.modules()):
         if isinstance(norm, nn.RMSNorm | nn.LayerNorm):
             norm.update({"weight": cast(mx.array, norm["weight"]).astype(dtype)})
 

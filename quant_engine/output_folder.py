@@ -1,23 +1,19 @@
 """A folder that appears whole or not at all, and survives a process that is killed."""
 
-import errno
 import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from quant_engine.errors import DownloadError, OutputError
+from quant_engine.errors import DISK_ERRORS, DownloadError, OutputError
+from quant_engine.source import ALLOWED_FILES, WEIGHTS
 
 _PARTIAL, _REPLACED = "partial", "replaced"
 _MARGIN_BYTES = 16_000_000
-DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file got too large",
-    errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the disk is read-only",
-    errno.ENAMETOOLONG: "the name is too long",
-}  # fmt: skip
 
 
 @contextmanager
@@ -97,11 +93,22 @@ def check_target(output: Path, overwrite: bool) -> None:
             return
         if not overwrite:
             raise OutputError(f"{output} exists already; choose another output, or ask for it to be overwritten")
-        if not (output / "config.json").exists():
+        if lacking := [name for name in ("config.json", WEIGHTS) if not any(output.glob(name))]:
             raise OutputError(
-                f"{output} is not a model (it has no config.json), so it is not overwritten; choose another "
+                f"{output} is not a model (it has no {lacking[0]}), so it is not overwritten; choose another "
                 "output, or remove it yourself"
             )
+        if foreign := _foreign(output):
+            raise OutputError(
+                f"{output} also holds what belongs to no model ({', '.join(foreign[:5])}), so it is not overwritten; "
+                "choose another output, or move that away"
+            )
+
+
+def _foreign(folder: Path) -> list[str]:
+    """The files in a folder that no model has, by their path in it."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ALLOWED_FILES)]
 
 
 def _check_space(output: Path, size_bytes: int) -> None:

@@ -19,9 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from quant_engine.errors import CorruptCheckpointError, DownloadError, SourceError
+from quant_engine.errors import DISK_ERRORS, CorruptCheckpointError, DownloadError, SourceError
 from quant_engine.near import near
-from quant_engine.output_folder import DISK_ERRORS
 from quant_engine.progress import Progress
 from quant_engine.safetensors_file import TensorInfo, check_header
 

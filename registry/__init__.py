@@ -2,6 +2,7 @@
 
 from registry.errors import RegistryError
 from registry.files import Progress
+from registry.layout import overlap
 from registry.likeness import differences
 from registry.query import FILTER_FIELDS, SORT_FIELDS, filter_help
 from registry.records import (
@@ -42,5 +43,6 @@ __all__ = [
     "differences",
     "filter_help",
     "open_registry",
+    "overlap",
     "recipe_sha256",
 ]

@@ -67,6 +67,11 @@ class Layout:
         return self.models / stored
 
 
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def absolute(path: Path) -> Path:
     """With `~` expanded and the links of the parent folders resolved, but not the last name's."""
     expanded = path.expanduser()

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from registry.errors import RegistryError
 from registry.files import compare_sizes, list_files, sync_entry
-from registry.layout import Layout
+from registry.layout import Layout, overlap
 from registry.lock import locked
 from registry.query import ready_id, require_model
 from registry.records import FileRecord, ModelRecord, Recovery, Removal
@@ -94,7 +94,7 @@ class Publisher:
             raise RegistryError(f"The name {name!r} is taken by the {what}. Choose another, or remove it.")
         for stored, owner in session.execute(select(ModelRow.path, ModelRow.name)):
             place = self.layout.path(stored)
-            if final.is_relative_to(place) or place.is_relative_to(final):
+            if overlap(final, place):
                 raise RegistryError(f"{final} overlaps {place}, where the model {owner!r} is. Choose another.")
 
     def _insert(self, record: ModelRecord, final: Path, staging: Path | None, files: Sequence[FileRecord]) -> int:

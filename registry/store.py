@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from registry.errors import RegistryError
 from registry.files import Progress, compare, compare_sizes, describe, silent, sync
-from registry.layout import Layout, absolute, check_name
+from registry.layout import Layout, absolute, check_name, overlap
 from registry.likeness import differences
 from registry.lock import locked
 from registry.migrate import migrate
@@ -150,6 +150,14 @@ class Registry:
         with self._database.reading() as session:
             row = find_model(session, name)
             return None if row is None else self._models(session, [row])[0]
+
+    def overlapping(self, folder: Path) -> tuple[Model, ...]:
+        """The models whose folder is this one, lies in it, or holds it."""
+        place = absolute(folder)
+        with self._database.reading() as session:
+            stored = session.execute(select(ModelRow.id, ModelRow.path).where(ModelRow.state == READY)).all()
+            ids = [model_id for model_id, path in stored if overlap(self._layout.path(path), place)]
+            return self._models(session, session.scalars(select(ModelRow).where(ModelRow.id.in_(ids))).all())
 
     def models(
         self,

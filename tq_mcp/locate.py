@@ -58,8 +58,7 @@ def _locate(registry: Registry, ref: str) -> Located:
 
 def _registered(registry: Registry, folder: Path) -> Model | None:
     """The registered model whose folder this is."""
-    candidates = registry.models([f"name={folder.name}"]).models or registry.models(["external=true"], limit=500).models
-    return next((model for model in candidates if model.path == folder), None)
+    return next((model for model in registry.overlapping(folder) if model.path == folder), None)
 
 
 def _not_registered(registry: Registry, name: str) -> str:

@@ -21,7 +21,7 @@ from quant_engine.progress import Progress, silent
 from quant_engine.sampling import Sampling
 from quant_engine.source import Source, resolve
 from quant_engine.text import load_text
-from registry import Model, Registry, open_registry
+from registry import Model, Registry, open_registry, overlap
 from tq_mcp import hub, records, schemas
 from tq_mcp.loaded_model import LoadedModel
 from tq_mcp.locate import Located, locate
@@ -111,8 +111,7 @@ class Services:
     ) -> schemas.Export:
         """Write a converted model to the folder `output` for plain mlx-lm; the result is not registered."""
         found = locate(self._registry, model)
-        if output.exists() and (taken := locate(self._registry, str(output.absolute())).model):
-            raise OutputError(f"{output} is the registered model {taken.name}; choose another output")
+        self._check_free(output.expanduser().resolve(), found)
         self._loaded.forget()
         made = export(
             found.ref,
@@ -125,6 +124,16 @@ class Services:
             progress=progress,
         )
         return records.exported(found.name, made)
+
+    def _check_free(self, output: Path, exported: Located) -> None:
+        """Raise OutputError where `output` overlaps a registered model or what the exported one was made from."""
+        for taken in self._registry.overlapping(output):
+            raise OutputError(
+                f"{output} overlaps {taken.path}, the registered model {taken.name}; choose another output"
+            )
+        origin = Path(exported.model.source) if exported.model else None
+        if origin is not None and origin.is_absolute() and overlap(output, origin):
+            raise OutputError(f"{output} overlaps {origin}, from which {exported.name} was made; choose another output")
 
     def open(self, model: str, settings: Mapping[str, Any] | None = None) -> tuple[Any, Any, dict[str, Any]]:
         """mlx-lm's model, its tokenizer with these settings for its own, and its config; not kept loaded here."""

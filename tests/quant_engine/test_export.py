@@ -78,7 +78,7 @@ def test_the_float_export_gives_the_logits_of_the_converted_model(name: str, con
 
 def test_the_float_export_loads_here_too(converted: Path, floats: Path) -> None:
     ours = load_source(resolve(converted), dtype="float32")
-    assert difference(load_source(resolve(floats), dtype="float32"), ours) < 1e-5
+    assert difference(load_source(resolve(floats), dtype="float32"), ours) < 2e-5  # as above
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ from quant_engine.output_folder import atomic_folder
 def _make(output: Path, text: str = "new", *, overwrite: bool = False, size_bytes: int = 10) -> None:
     with atomic_folder(output, size_bytes=size_bytes, overwrite=overwrite) as folder:
         (folder / "config.json").write_text(text)
-        (folder / "deep").mkdir()
-        (folder / "deep" / "file").write_text(text)
+        (folder / "model.safetensors").write_text(text)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "deep.jinja").write_text(text)
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -68,6 +70,22 @@ def test_only_models_are_overwritten(tmp_path: Path) -> None:
     ):
         _make(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/config.json", ".env"])
+def test_a_model_beside_which_other_files_lie_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    _make(tmp_path / "model", "old")
+    (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "model" / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"belongs to no model \({re.escape(name)}\)"):
+        _make(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / name).read_text() == "mine"
+
+
+def test_settings_without_weights_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"is not a model \(it has no model\*\.safetensors\)"):
+        _make(tmp_path, overwrite=True)
 
 
 def test_a_file_or_a_link_is_never_replaced(tmp_path: Path) -> None:
@@ -234,4 +252,4 @@ def test_everything_is_flushed_before_the_name_is_taken(tmp_path: Path, monkeypa
     monkeypatch.setattr(output_folder.os, "fsync", lambda descriptor: order.append("sync"))
     monkeypatch.setattr(Path, "rename", lambda self, target: order.append("rename"))
     _make(tmp_path / "model")
-    assert order == ["sync"] * 4 + ["rename", "sync"]
+    assert order == ["sync"] * 5 + ["rename", "sync"]

@@ -248,6 +248,26 @@ class TestExport:
             services.export(NAME, home / "models" / "other", overwrite=True)
         assert services.generate("other", PROMPT, max_tokens=1).text is not None
 
+    def test_no_registered_model_is_overwritten_wherever_it_lies(
+        self, services: Services, demo_model: Path, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "around" / NAME
+        services.convert(str(demo_model), recipe=QuantConfig(bits=2), name="other", output=place)
+        shutil.copy(place / "config.json", place.parent)
+        for output in (place, place.parent):
+            with pytest.raises(OutputError, match="the registered model other"):
+                services.export(NAME, output, overwrite=True)
+        assert services.generate("other", PROMPT, max_tokens=1).text is not None
+
+    def test_what_a_model_was_made_from_is_not_overwritten(
+        self, services: Services, demo_model: Path, tmp_path: Path
+    ) -> None:
+        origin = Path(shutil.copytree(demo_model, tmp_path / "origin"))
+        services.convert(str(origin), recipe=QuantConfig(bits=2), name="made")
+        with pytest.raises(OutputError, match="from which made was made"):
+            services.export("made", origin, overwrite=True)
+        assert (origin / "model.safetensors").exists()
+
     def test_a_float_model_is_refused(self, services: Services, demo_model: Path, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModelError, match="was not converted"):
             services.export(str(demo_model), tmp_path / "out")
