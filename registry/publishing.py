@@ -89,9 +89,11 @@ class Publisher:
         key = name.casefold()
         taken = session.scalar(select(ModelRow.name).where(ModelRow.name_key == key))
         alias = session.scalar(select(AliasRow.alias).where(AliasRow.alias_key == key))
-        if taken or alias:
-            what = f"model {taken!r}" if taken else f"alias {alias!r}"
-            raise RegistryError(f"The name {name!r} is taken by the {what}. Choose another, or remove it.")
+        if taken:
+            remove = f"remove that one: tq-mcp models rm {taken}"
+            raise RegistryError(f"The name {name!r} is taken by the model {taken!r}. Choose another, or {remove}.")
+        if alias:
+            raise RegistryError(f"The name {name!r} is taken by the alias {alias!r}. Choose another.")
         for stored, owner in session.execute(select(ModelRow.path, ModelRow.name)):
             place = self.layout.path(stored)
             if overlap(final, place):

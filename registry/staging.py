@@ -106,7 +106,9 @@ def _has_work(workshop: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder that may be gone. What cannot be deleted now is left to the next sweep."""
+    """Delete a folder, or a link to one, that may be gone. What cannot be deleted now is left to the next sweep."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

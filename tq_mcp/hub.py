@@ -52,17 +52,12 @@ def _line(e: EvaluationRecord) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def files_of(folder: Path) -> list[Path]:
-    """What is uploaded: every file of the model's folder but the card, which is written anew."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != CARD)
-
-
-def upload(folder: Path, card: str, repo: str, *, private: bool) -> str:
-    """Upload a model in one commit and return its address; a repository that is missing is made.
+def upload(folder: Path, files: Sequence[str], card: str, repo: str, *, private: bool) -> str:
+    """Upload files of a folder, and a card, in one commit; return its address. A repository that is missing is made.
 
     Raises SourceError where the Hub refuses or cannot be reached.
     """
-    operations = [CommitOperationAdd(p.relative_to(folder).as_posix(), str(p)) for p in files_of(folder)]
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in files]
     operations.append(CommitOperationAdd(CARD, card.encode()))
     api = HfApi()
     try:

@@ -228,6 +228,36 @@ class ModelFile(Result):
     sha256: str
 
 
+class FileProblem(Result):
+    """What is wrong with a file of a model."""
+
+    kind: str = Field(description="changed, missing, or foreign: not the model's")
+    path: str
+    detail: str
+
+
+class Verification(Result):
+    """A model's files hashed again and compared with what was registered."""
+
+    name: str
+    path: str
+    intact: bool
+    files_checked: int
+    bytes_checked: int
+    problems: list[FileProblem]
+
+
+class Removal(Result):
+    """A model that was removed, or would be."""
+
+    name: str
+    path: str
+    dry_run: bool = Field(description="true: nothing was removed")
+    files: int
+    size_bytes: int
+    foreign: list[str] = Field(description="files in its folder that are not the model's")
+
+
 class EvaluationEntry(Result):
     """A recorded perplexity; baseline rows are what the model is compared with."""
 

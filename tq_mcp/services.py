@@ -271,21 +271,27 @@ class Services:
         return records.plan(found)
 
     def push(self, name: str, repo: str, *, private: bool = False, dry_run: bool = True) -> schemas.Push:
-        """Upload a registered model with a card that holds its measurements; a dry run only says what would go."""
+        """Upload a registered model with a card that holds its measurements; a dry run only says what would go.
+
+        Only the model's own files go, and only while they are as they were registered.
+        """
         hub.check_repo(repo)
         found = self._registry.get(name)
         folder = Path(found.path)
+        if damaged := [p for p in self._registry.verify(name).problems if p.kind != "foreign"]:
+            wrong = ", ".join(f"{p.path} {p.kind}" for p in damaged[:3])
+            raise OutputError(f"{found.name} is not what was registered ({wrong}); convert it again before uploading")
         written = (folder / hub.CARD).read_text() if (folder / hub.CARD).is_file() else f"# {found.name}\n"
         card = hub.card_with_measurements(written, self._registry.evaluations(found.name))
-        files = hub.files_of(folder)
-        url = None if dry_run else hub.upload(folder, card, repo, private=private)
+        files = [file.path for file in found.files if file.path != hub.CARD]
+        url = None if dry_run else hub.upload(folder, files, card, repo, private=private)
         return schemas.Push(
             name=found.name,
             repo=repo,
             dry_run=dry_run,
             url=url,
-            files=[file.relative_to(folder).as_posix() for file in files],
-            size_bytes=sum(file.stat().st_size for file in files),
+            files=files,
+            size_bytes=sum(file.size_bytes for file in found.files if file.path != hub.CARD),
             card=card,
         )
 
@@ -314,6 +320,36 @@ class Services:
             self._registry.speeds(found.name),
             self._registry.cache_comparisons(found.name),
             self._registry.children(found.name),
+        )
+
+    def verify_model(self, name: str, progress: Progress = silent) -> schemas.Verification:
+        """Hash a registered model's files again: what changed, is missing, or is not its own."""
+        found = self._registry.verify(name, progress)
+        problems = [schemas.FileProblem.model_validate(problem) for problem in found.problems]
+        return schemas.Verification(
+            name=found.name,
+            path=str(found.path),
+            intact=found.ok,
+            files_checked=found.files_checked,
+            bytes_checked=found.bytes_checked,
+            problems=problems,
+        )
+
+    def remove_model(self, name: str, *, force: bool = False, dry_run: bool = True) -> schemas.Removal:
+        """Take a model out of the registry and delete its files; a dry run only says what would go.
+
+        force: also files in its folder that are not the model's.
+        """
+        if not dry_run:
+            self._loaded.forget()
+        found = self._registry.remove(name, force=force, dry_run=dry_run)
+        return schemas.Removal(
+            name=found.name,
+            path=str(found.path),
+            dry_run=dry_run,
+            files=found.files,
+            size_bytes=found.size_bytes,
+            foreign=list(found.foreign),
         )
 
     def _original(self, found: Located, progress: Progress) -> tuple[Source | None, list[str]]:

@@ -32,6 +32,8 @@ COMMANDS = [
     "plan",
     "models ls",
     "models show",
+    "models verify",
+    "models rm",
     "mlx-lm",
     "doctor",
 ]

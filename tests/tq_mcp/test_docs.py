@@ -40,7 +40,7 @@ def test_every_command_is_told_of(text: str) -> None:
     }
     assert told >= {
         "serve", "demo", "convert", "export", "generate", "evaluate", "compare-kv", "plan", "models ls", "models show",
-        "mlx-lm", "doctor",
+        "models verify", "models rm", "mlx-lm", "doctor",
     }  # fmt: skip
 
 

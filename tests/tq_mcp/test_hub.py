@@ -59,11 +59,13 @@ def test_a_card_without_measurements_stays_as_it_is() -> None:
 def test_one_commit_holds_all_files_and_the_new_card(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Hub()
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
-    assert hub.upload(model, "new card", "owner/name", private=True).endswith("owner/name")
-    (_, options), (_, files) = fake.calls
+    assert hub.upload(model, ["config.json", "model.safetensors"], "new card", "owner/name", private=True).endswith(
+        "owner/name"
+    )
+    (_, options), (_, sent) = fake.calls
     assert options == {"private": True, "exist_ok": True}
-    assert set(files) == {"README.md", "config.json", "model.safetensors", "extra/notes.txt"}
-    assert files["README.md"] == b"new card"
+    assert set(sent) == {"README.md", "config.json", "model.safetensors"}
+    assert sent["README.md"] == b"new card"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_refusals_are_told_in_words(
 ) -> None:
     monkeypatch.setattr(hub, "HfApi", lambda: Hub(refusal))
     with pytest.raises(SourceError, match=words):
-        hub.upload(model, "card", "owner/name", private=False)
+        hub.upload(model, ["config.json"], "card", "owner/name", private=False)
 
 
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "owner/na me", "-x/.."])

@@ -27,6 +27,7 @@ TOOLS = {
     "compare_kv_cache": schemas.CacheComparison,
     "list_models": schemas.ModelList,
     "get_model": schemas.ModelDetails,
+    "verify_model": schemas.Verification,
 }
 PROMPT = "The history of the city begins in"
 
@@ -52,7 +53,7 @@ class TestDescriptions:
     async def test_what_writes_says_so_and_nothing_destroys(self, client: Client) -> None:
         tools = {tool.name: tool.annotations for tool in (await client.list_tools()).tools}
         reading = {name for name, hints in tools.items() if hints and hints.read_only_hint}
-        assert reading == {"plan_conversion", "list_models", "get_model"}
+        assert reading == {"plan_conversion", "list_models", "get_model", "verify_model"}
         assert not any(hints.destructive_hint for hints in tools.values() if hints)
 
     async def test_inputs_are_strict_and_outputs_are_the_schemas(self, client: Client) -> None:

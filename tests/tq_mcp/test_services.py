@@ -379,22 +379,3 @@ class TestPlan:
     def test_a_model_that_is_nowhere_is_explained(self, empty: Services) -> None:
         with pytest.raises(SourceError, match="no model at"):
             empty.plan("/nowhere/model")
-
-
-class TestPush:
-    def test_a_dry_run_shows_the_card_and_uploads_nothing(
-        self, services: Services, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(tq_mcp.services.hub, "upload", lambda *_, **__: pytest.fail("it uploaded"))
-        shown = services.push(NAME, "owner/name")
-        assert (shown.dry_run, shown.url) == (True, None)
-        assert "model.safetensors" in shown.files and "README.md" not in shown.files
-        assert shown.card.startswith("---")
-
-    def test_it_uploads_when_told_to(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tq_mcp.services.hub, "upload", lambda folder, card, repo, private: f"{repo} {private}")
-        assert services.push(NAME, "owner/name", dry_run=False, private=True).url == "owner/name True"
-
-    def test_a_model_that_is_not_registered_is_refused(self, services: Services) -> None:
-        with pytest.raises(RegistryError, match="no model 'nothing'"):
-            services.push("nothing", "owner/name")

@@ -258,6 +258,19 @@ def model_details(made: schemas.ModelDetails) -> RenderableType:
     )
 
 
+def verification(made: schemas.Verification) -> RenderableType:
+    if made.intact:
+        return Text(f"{made.name} is intact: {made.files_checked} files, {size(made.bytes_checked)}.")
+    rows = [(problem.kind, problem.path, problem.detail) for problem in made.problems]
+    return table(f"{made.name} is not what was registered", ("what", "file", "text"), rows, left=2)
+
+
+def removal(made: schemas.Removal) -> RenderableType:
+    what = f"{made.name}: {made.files} files, {size(made.size_bytes)}, in {made.path}"
+    other = [Text(f"Not the model's own: {', '.join(made.foreign)}")] if made.foreign else []
+    return Group(Text(what), *other, Text("Nothing was removed; with --yes it goes." if made.dry_run else "Removed."))
+
+
 def diagnosis(made: schemas.Diagnosis) -> RenderableType:
     about = pairs(
         f"tq-mcp {made.version}",

@@ -253,7 +253,7 @@ def _add_push(commands: Commands) -> None:
 
 
 def _add_models(commands: Commands) -> None:
-    models = commands.add_parser("models", help="list and show registered models")
+    models = commands.add_parser("models", help="list, show, verify and remove registered models")
     actions = models.add_subparsers(dest="action", required=True)
     listing = _command(
         actions, "ls", "models", "List registered models.", 'tq-mcp models ls --filter "bits<=3" --sort ppl'
@@ -269,6 +269,20 @@ def _add_models(commands: Commands) -> None:
     showing = _command(actions, "show", "models", "Show all about one model.", "tq-mcp models show qwen-3bit")
     showing.add_argument("name", help="name or alias")
     _add_json(showing)
+    verifying = _command(
+        actions, "verify", "models", "Hash a model's files again: are they still as they were made?",
+        "tq-mcp models verify qwen-3bit",
+    )  # fmt: skip
+    verifying.add_argument("name", help="name or alias")
+    _add_json(verifying)
+    removing = _command(
+        actions, "rm", "models", "Delete a model's files and take it out of the registry.",
+        "tq-mcp models rm qwen-3bit --yes",
+    )  # fmt: skip
+    removing.add_argument("name", help="name or alias")
+    removing.add_argument("--yes", action="store_true", help="remove it; without it, only show what would go")
+    removing.add_argument("--force", action="store_true", help="also files in its folder that are not the model's")
+    _add_json(removing)
 
 
 def _add_mlx_lm(commands: Commands) -> None:

@@ -8,6 +8,7 @@ from tq_mcp.tools import (
     get_model,
     list_models,
     plan_conversion,
+    verify_model,
 )
 
 ALL = (
@@ -18,4 +19,5 @@ ALL = (
     compare_kv_cache.TOOL,
     list_models.TOOL,
     get_model.TOOL,
+    verify_model.TOOL,
 )
