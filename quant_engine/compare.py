@@ -41,7 +41,7 @@ class CacheRow:
     cache_bytes: what it holds after the prompt and the full-precision continuation. compression: bytes of a
     float16 cache of the same tokens, over cache_bytes. kl, top1: of next-token distributions over the prompt's
     last tokens and the full-precision continuation, mean KL(full || this) in nats, and the share of equal most
-    likely tokens. text: this cache's own greedy continuation, tokens_per_s its speed.
+    likely tokens. text: this cache's own greedy continuation; tokens_per_s: its speed, None where it is one token.
     """
 
     cache: str
@@ -49,7 +49,7 @@ class CacheRow:
     v_bits: int | None
     cache_bytes: int
     compression: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     kl: float
     top1: float
     text: str

@@ -20,7 +20,7 @@ from quant_engine.errors import InputError
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
 from quant_engine.prompt import check_context, prompt_tokens
 from quant_engine.sampling import Sampling
-from quant_engine.token_stream import token_stream
+from quant_engine.token_stream import TokenStream
 
 OnText = Callable[[str], None]
 
@@ -34,7 +34,7 @@ class GenerationResult:
 
     text is as mlx-lm decodes it, without a space at its start.
     prompt_tokens_per_s is of all prompt tokens but the last, generation_tokens_per_s of all new tokens but
-    the first; 0 where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
+    the first; None where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
     the process since its start on a CPU. finish_reason: "stop" at an end token, "length" at max_tokens or
     the context's end. cache_bytes: what the key-value cache takes at the end, its room for more tokens included.
     """
@@ -43,8 +43,8 @@ class GenerationResult:
     token_ids: list[int]
     prompt_tokens: int
     generation_tokens: int
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
     peak_memory_bytes: int
     finish_reason: str
     backend: str
@@ -58,17 +58,18 @@ class GenerationResult:
 
 @dataclass
 class Continuation:
-    """Tokens as they came, with the time each arrived."""
+    """Text and tokens that were made; steps and seconds as `TokenStream.pace` gives them."""
 
     text: str
     tokens: list[int]
-    arrivals: list[float]
     finish_reason: str
+    steps: int = 0
+    seconds: float = 0.0
 
     @property
-    def tokens_per_s(self) -> float:
-        """Of the tokens after the first, the end token included."""
-        return rate(len(self.arrivals) - 1, self.arrivals[-1] - self.arrivals[0])
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first; None where there is none."""
+        return rate(self.steps, self.seconds)
 
 
 def generate(
@@ -156,7 +157,8 @@ def continue_prompt(
     """Generate after `tokens`, all but the last of which the cache holds."""
     sampling = sampling or Sampling()
     sample, processors = sampling.sampler(len(tokenizer)), sampling.processors(tokens[:-1])
-    made, detokenizer = Continuation("", [], [], "length"), tokenizer.detokenizer
+    stream = TokenStream(model, tokens[-1], cache, max_tokens, sample, processors)
+    made, detokenizer = Continuation("", [], "length"), tokenizer.detokenizer
 
     def tell() -> None:
         piece = detokenizer.last_segment
@@ -165,14 +167,14 @@ def continue_prompt(
             on_text(piece)
 
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        for token in token_stream(model, tokens[-1], cache, max_tokens, sample, processors):
-            made.arrivals.append(time.perf_counter())
+        for token in stream:
             if token in tokenizer.eos_token_ids:
                 made.finish_reason = "stop"
                 break
             made.tokens.append(token)
             detokenizer.add_token(token)
             tell()
+        made.steps, made.seconds = stream.pace()
         detokenizer.finalize()
         tell()
     return made
@@ -183,9 +185,9 @@ def cache_nbytes(cache: list[Any]) -> int:
     return sum(c.nbytes for c in cache)
 
 
-def rate(count: int, seconds: float) -> float:
-    """Tokens a second; 0 where there were none."""
-    return count / seconds if count > 0 and seconds > 0 else 0.0
+def rate(count: int, seconds: float) -> float | None:
+    """Tokens a second; None where there were none."""
+    return count / seconds if count > 0 and seconds > 0 else None
 
 
 def peak_memory_bytes() -> int:

@@ -131,7 +131,7 @@ def test_a_prompt_of_one_token_is_continued(loaded: tuple[nn.Module, Any]) -> No
     model, tokenizer = loaded
     result = generate(model, tokenizer, "a", max_tokens=3)
     assert (result.prompt_tokens, result.generation_tokens) == (1, 3)
-    assert result.prompt_tokens_per_s == 0
+    assert result.prompt_tokens_per_s is None
 
 
 def test_the_result_says_what_it_took(loaded: tuple[nn.Module, Any]) -> None:
@@ -198,7 +198,14 @@ def test_a_model_of_unknown_build_is_read_whole() -> None:
     assert model.calls == [(1, 2048), (1, 952)]
 
 
-def test_rates_count_what_lies_between_arrivals() -> None:
-    assert Continuation("", [1, 2, 3], [10.0, 10.5, 11.0], "length").tokens_per_s == pytest.approx(2.0)
-    assert Continuation("", [1], [10.0], "length").tokens_per_s == 0
-    assert rate(5, 0.0) == 0
+def test_one_token_has_no_speed_and_two_have_that_of_one_step(loaded: tuple[nn.Module, Any]) -> None:
+    assert generate(*loaded, PROMPT, max_tokens=1).generation_tokens_per_s is None
+    cache, tokens = make_cache(loaded[0], None), prompt_tokens(loaded[1], PROMPT)
+    read_prompt(loaded[0], tokens[:-1], cache)
+    assert continue_prompt(*loaded, tokens, cache, 2).steps == 1
+
+
+def test_rates_are_of_steps_and_seconds() -> None:
+    assert Continuation("", [1, 2, 3], "length", 2, 1.0).tokens_per_s == 2.0
+    assert Continuation("", [1], "length").tokens_per_s is None
+    assert rate(5, 0.0) is None
