@@ -18,14 +18,26 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
+from quant_engine.progress import Progress, Steps, silent
 from quant_engine.prompt import check_context, prompt_tokens
 from quant_engine.sampling import Sampling
 from quant_engine.token_stream import TokenStream
 
 OnText = Callable[[str], None]
+OnTokens = Callable[[int], None]
+"""Told how many more tokens were read or made, with text or without. An exception raised inside it stops the work."""
 
-_PROMPT_STEP = 2048
-"""Prompt tokens a step, as mlx-lm takes them, so that rounding is the same."""
+_PROMPT_STEP, _PROMPT_STEP_ON_CPU = 2048, 512
+"""Prompt tokens a step: as mlx-lm takes them, so that rounding is the same; fewer on a CPU, where those take seconds in
+which nothing is reported and nothing can be stopped."""
+
+
+READING, WRITING = "reading the prompt", "writing"
+"""What progress says."""
+
+
+def unheard(count: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +99,14 @@ def generate(
     chat: bool | None = None,
     cache: CacheConfig | None = None,
     on_text: OnText | None = None,
+    progress: Progress = silent,
 ) -> GenerationResult:
     """Continue a prompt by at most max_tokens, fewer where the model's context ends.
 
     Sampling controls as in `Sampling`; temperature 0 gives mlx-lm's own greedy tokens. chat as in
-    `prompt_tokens`. `cache` compresses the key-value cache as it is filled. on_text gets each piece of text;
-    an exception from it ends the generation and comes through. Raises InputError for a prompt or option that
-    cannot be used.
+    `prompt_tokens`. `cache` compresses the key-value cache as it is filled. on_text gets each piece of text, progress
+    counts tokens of the prompt as they are read and new ones as they are made; an exception from either ends the
+    generation and comes through. Raises InputError for a prompt or option that cannot be used.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     tokens = prompt_tokens(tokenizer, prompt, chat)
@@ -101,10 +114,14 @@ def generate(
     metal_kernels.reset_paths()
     mx.reset_peak_memory()
     held = make_cache(model, cache)
+    steps = Steps(progress, len(tokens) - 1 + max_tokens)
+    steps.add(READING, 0)
     started = time.perf_counter()
-    read_prompt(model, tokens[:-1], held)
+    read_prompt(model, tokens[:-1], held, lambda count: steps.add(READING, count))
     read = time.perf_counter()
-    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, sampling, on_text)
+    made = continue_prompt(
+        model, tokenizer, tokens, held, max_tokens, sampling, on_text, lambda count: steps.add(WRITING, count)
+    )
     return GenerationResult(
         text=made.text,
         token_ids=made.tokens,
@@ -134,15 +151,18 @@ def make_cache(model: nn.Module, config: CacheConfig | None) -> list[Any]:
     return cache if config is None else convert_cache_to_turboquant(cache, **config.to_dict())
 
 
-def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any]) -> None:
+def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any], on_tokens: OnTokens = unheard) -> None:
     """Fill a cache with tokens, without the output projection where the model lets it be left out."""
     forward = adapter.backbone(model) or model
     for layer in cache:
         if isinstance(layer, TurboQuantKVCache):
             layer.reserve(len(tokens))
-    for start in range(0, len(tokens), _PROMPT_STEP):
-        forward(mx.array(tokens[start : start + _PROMPT_STEP])[None], cache=cache)
+    step = _PROMPT_STEP_ON_CPU if metal_kernels.device() == "cpu" else _PROMPT_STEP
+    for start in range(0, len(tokens), step):
+        piece = tokens[start : start + step]
+        forward(mx.array(piece)[None], cache=cache)
         mx.eval([c.state for c in cache])
+        on_tokens(len(piece))
 
 
 def continue_prompt(
@@ -153,6 +173,7 @@ def continue_prompt(
     max_tokens: int,
     sampling: Sampling | None = None,
     on_text: OnText | None = None,
+    on_tokens: OnTokens = unheard,
 ) -> Continuation:
     """Generate after `tokens`, all but the last of which the cache holds."""
     sampling = sampling or Sampling()
@@ -168,6 +189,7 @@ def continue_prompt(
 
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
         for token in stream:
+            on_tokens(1)
             if token in tokenizer.eos_token_ids:
                 made.finish_reason = "stop"
                 break

@@ -8,13 +8,24 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
+import metal_kernels
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
-from quant_engine.generate import Continuation, continue_prompt, generate, make_cache, rate, read_prompt
+from quant_engine.generate import (
+    READING,
+    WRITING,
+    Continuation,
+    continue_prompt,
+    generate,
+    make_cache,
+    rate,
+    read_prompt,
+)
 from quant_engine.loader import load
 from quant_engine.prompt import prompt_tokens
 
 PROMPT = "The city lies on the river and"
+CHUNK = 512 if metal_kernels.device() == "cpu" else 2048
 WIDE_KEYS = 64
 """Head size of the demo model, the smallest that a compressed cache takes at group 64."""
 
@@ -64,6 +75,44 @@ def test_an_exception_from_the_listener_ends_generation(loaded: tuple[nn.Module,
         generate(*loaded, PROMPT, max_tokens=50, on_text=stop)
     assert len(pieces) == 1
     assert generate(*loaded, PROMPT, max_tokens=2).generation_tokens == 2
+
+
+def test_progress_counts_the_prompt_by_chunks_and_every_new_token(loaded: tuple[nn.Module, Any]) -> None:
+    seen: list[tuple[int, int, str]] = []
+    result = generate(*loaded, PROMPT * 80, max_tokens=3, progress=lambda *s: seen.append(s))
+    read = result.prompt_tokens - 1
+    chunks = [0, *range(CHUNK, read, CHUNK), read]
+    expected = [(done, READING) for done in chunks] + [(read + made, WRITING) for made in (1, 2, 3)]
+    assert seen == [(done, read + 3, message) for done, message in expected]
+
+
+def test_reading_a_prompt_can_be_stopped_between_its_chunks(loaded: tuple[nn.Module, Any]) -> None:
+    def stop(count: int) -> None:
+        raise InterruptedError
+
+    cache = make_cache(loaded[0], None)
+    with pytest.raises(InterruptedError):
+        read_prompt(loaded[0], [5] * (CHUNK + 100), cache, stop)
+    assert cache[0].offset == CHUNK
+
+
+def test_tokens_without_text_are_counted_and_can_be_stopped(
+    loaded: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def stop(count: int) -> None:
+        counted.append(count)
+        if len(counted) == 4:
+            raise InterruptedError
+
+    model, tokenizer = loaded
+    monkeypatch.setattr(type(tokenizer.detokenizer), "last_segment", "")
+    cache, tokens = make_cache(model, None), prompt_tokens(tokenizer, PROMPT)
+    read_prompt(model, tokens[:-1], cache)
+    with pytest.raises(InterruptedError):
+        continue_prompt(model, tokenizer, tokens, cache, 9, on_text=lambda _: pytest.fail("text"), on_tokens=stop)
+    assert counted == [1, 1, 1, 1]
 
 
 def test_an_end_token_stops_and_is_left_out(loaded: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +243,8 @@ def test_a_model_of_unknown_build_is_read_whole() -> None:
 
     model = Opaque()
     model.calls = []
-    read_prompt(model, list(range(3000)), [])
-    assert model.calls == [(1, 2048), (1, 952)]
+    read_prompt(model, list(range(2 * CHUNK + 100)), [])
+    assert model.calls == [(1, CHUNK), (1, CHUNK), (1, 100)]
 
 
 def test_one_token_has_no_speed_and_two_have_that_of_one_step(loaded: tuple[nn.Module, Any]) -> None:
