@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -30,7 +31,6 @@ OnTokens = Callable[[int], None]
 _PROMPT_STEP, _PROMPT_STEP_ON_CPU = 2048, 512
 """Prompt tokens a step: as mlx-lm takes them, so that rounding is the same; fewer on a CPU, where those take seconds in
 which nothing is reported and nothing can be stopped."""
-
 
 READING, WRITING = "reading the prompt", "writing"
 """What progress says."""
@@ -117,11 +117,10 @@ def generate(
     steps = Steps(progress, len(tokens) - 1 + max_tokens)
     steps.add(READING, 0)
     started = time.perf_counter()
-    read_prompt(model, tokens[:-1], held, lambda count: steps.add(READING, count))
+    read_prompt(model, tokens[:-1], held, partial(steps.add, READING))
     read = time.perf_counter()
-    made = continue_prompt(
-        model, tokenizer, tokens, held, max_tokens, sampling, on_text, lambda count: steps.add(WRITING, count)
-    )
+    wrote = partial(steps.add, WRITING)
+    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, sampling, on_text, wrote)
     return GenerationResult(
         text=made.text,
         token_ids=made.tokens,
