@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 import metal_kernels
 from quant_engine.config import CacheConfig
 from quant_engine.generate import (
+    READING,
+    WRITING,
     Continuation,
     cache_nbytes,
     check_room,
@@ -20,7 +23,7 @@ from quant_engine.generate import (
     make_cache,
     read_prompt,
 )
-from quant_engine.progress import Progress, silent
+from quant_engine.progress import Progress, Steps, silent
 from quant_engine.prompt import prompt_tokens
 from quant_engine.score import logits_array, score
 
@@ -41,7 +44,7 @@ class CacheRow:
     cache_bytes: what it holds after the prompt and the full-precision continuation. compression: bytes of a
     float16 cache of the same tokens, over cache_bytes. kl, top1: of next-token distributions over the prompt's
     last tokens and the full-precision continuation, mean KL(full || this) in nats, and the share of equal most
-    likely tokens. text: this cache's own greedy continuation, tokens_per_s its speed.
+    likely tokens. text: this cache's own greedy continuation; tokens_per_s: its speed, None where it is one token.
     """
 
     cache: str
@@ -49,7 +52,7 @@ class CacheRow:
     v_bits: int | None
     cache_bytes: int
     compression: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     kl: float
     top1: float
     text: str
@@ -93,19 +96,21 @@ def compare_caches(
 ) -> CacheReport:
     """Continue a prompt greedily with a full-precision cache and with each of `caches` (None: DEFAULT_CACHES).
 
-    Each compressed cache is filled compressed from the first token. Raises InputError for a prompt that cannot
-    be used.
+    Each compressed cache is filled compressed from the first token. progress counts the tokens that each cache reads
+    and makes. Raises InputError for a prompt that cannot be used.
     """
     tokens = prompt_tokens(tokenizer, prompt, chat)
     max_tokens = check_room(model, tokens, max_tokens)
     configs = list(DEFAULT_CACHES if caches is None else caches)
-    full = _run(model, tokenizer, tokens, max_tokens, None)
+    each = len(tokens) + max_tokens
+    steps = Steps(progress, (1 + len(configs)) * each)
+    full = _run(model, tokenizer, tokens, max_tokens, None, steps)
     rows = [_row(None, full, full)]
-    progress(1, len(configs) + 1, rows[0].cache)
-    for number, config in enumerate(configs, 2):
-        run = _run(model, tokenizer, tokens, max_tokens, config, full.continuation)
+    for number, config in enumerate(configs, 1):
+        steps.reach(number * each, rows[-1].cache)
+        run = _run(model, tokenizer, tokens, max_tokens, config, steps, full.continuation)
         rows.append(_row(config, run, full))
-        progress(number, len(configs) + 1, rows[-1].cache)
+    steps.reach(len(rows) * each, rows[-1].cache)
     return CacheReport(len(tokens), len(full.logits), tuple(rows))
 
 
@@ -115,16 +120,18 @@ def _run(
     tokens: list[int],
     max_tokens: int,
     config: CacheConfig | None,
+    steps: Steps,
     reference: Continuation | None = None,
 ) -> _Run:
     """Read the prompt but its tail once; from there continue freely, and score the reference's continuation."""
     metal_kernels.reset_paths()
     tail = tokens[-_TAIL:]
+    read, wrote = (partial(steps.add, f"{_name(config)}: {what}") for what in (READING, WRITING))
     held = make_cache(model, config)
-    read_prompt(model, tokens[: -len(tail)], held)
+    read_prompt(model, tokens[: -len(tail)], held, read)
     forced_cache = copy.deepcopy(held)
-    read_prompt(model, tail[:-1], held)
-    made = continue_prompt(model, tokenizer, tokens, held, max_tokens)
+    read_prompt(model, tail[:-1], held, read)
+    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, on_tokens=wrote)
     forced = [*tail, *(reference or made).tokens][:-1] or tail
     logits = cast(mx.array, model(mx.array(forced)[None], cache=forced_cache))[0]
     path = metal_kernels.kernel_path()

@@ -18,7 +18,7 @@ from quant_engine.loader import load_source, load_tokenizer
 from quant_engine.parameters import Packing
 from quant_engine.perplexity import Estimate, difference, perplexity, windows
 from quant_engine.policy import Policy
-from quant_engine.progress import Progress, silent
+from quant_engine.progress import Progress, Steps, silent
 from quant_engine.prompt import check_context
 from quant_engine.safetensors_file import TensorSpec
 from quant_engine.score import Score, logits_array, score
@@ -76,18 +76,6 @@ class EvaluationReport:
             "tokens": self.tokens,
             "rows": [asdict(row) for row in self.rows],
         }
-
-
-class Steps:
-    """A count of steps done out of all, passed on to a `Progress`."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def add(self, message: str) -> None:
-        """One more step is done."""
-        self._done += 1
-        self._progress(self._done, self._total, message)
 
 
 def evaluate(
@@ -153,14 +141,15 @@ def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool)
 
 
 def _of_float(
-    source: Source, recipes: Sequence[Recipe], cut: NDArray[np.int32], progress: Progress
+    source: Source, recipes: Sequence[Recipe], cut: NDArray[np.int32], progress: Progress, others: int = 0
 ) -> tuple[list[Variant], Steps]:
+    """The float variant and one of each recipe; the steps have room for the windows of `others` more."""
     config = recipes[0].config if recipes else QuantConfig()
     model = load_source(source, fuse=False, dequantize=True)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
     policy = Policy(config, str(source.config["model_type"]), adapter.layer_count(model))
     full = FloatModel(model, _float_bytes(source), policy)
-    steps = Steps(progress, len(recipes) * len(full) + (len(recipes) + 1) * len(cut))
+    steps = Steps(progress, len(recipes) * len(full) + (1 + len(recipes) + others) * len(cut))
     made = [full.quantized(r, lambda label=r.label: steps.add(f"quantizing: {label}")) for r in recipes]
     return [full.variant(), *made], steps
 
@@ -184,7 +173,7 @@ def _of_converted(
     if is_converted(origin.config):
         raise InputError(f"the reference {origin.name!r} is converted itself; give the float model it was made from")
     recipes = [Recipe("affine", recipe)] if affine and recipe.group_size else []
-    variants, steps = _of_float(origin, recipes, cut, progress)
+    variants, steps = _of_float(origin, recipes, cut, progress, others=1)
     return [*variants, own], steps
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,14 +19,25 @@ from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
 from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
+from quant_engine.progress import Progress, Steps, silent
 from quant_engine.prompt import check_context, prompt_tokens
 from quant_engine.sampling import Sampling
-from quant_engine.token_stream import token_stream
+from quant_engine.token_stream import TokenStream
 
 OnText = Callable[[str], None]
+OnTokens = Callable[[int], None]
+"""Told how many more tokens were read or made, with text or without. An exception raised inside it stops the work."""
 
-_PROMPT_STEP = 2048
-"""Prompt tokens a step, as mlx-lm takes them, so that rounding is the same."""
+_PROMPT_STEP, _PROMPT_STEP_ON_CPU = 2048, 512
+"""Prompt tokens a step: as mlx-lm takes them, so that rounding is the same; fewer on a CPU, where those take seconds in
+which nothing is reported and nothing can be stopped."""
+
+READING, WRITING = "reading the prompt", "writing"
+"""What progress says."""
+
+
+def unheard(count: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class GenerationResult:
 
     text is as mlx-lm decodes it, without a space at its start.
     prompt_tokens_per_s is of all prompt tokens but the last, generation_tokens_per_s of all new tokens but
-    the first; 0 where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
+    the first; None where there is none. peak_memory_bytes: of MLX's allocations during the call on a GPU, of
     the process since its start on a CPU. finish_reason: "stop" at an end token, "length" at max_tokens or
     the context's end. cache_bytes: what the key-value cache takes at the end, its room for more tokens included.
     """
@@ -43,8 +55,8 @@ class GenerationResult:
     token_ids: list[int]
     prompt_tokens: int
     generation_tokens: int
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
     peak_memory_bytes: int
     finish_reason: str
     backend: str
@@ -58,17 +70,18 @@ class GenerationResult:
 
 @dataclass
 class Continuation:
-    """Tokens as they came, with the time each arrived."""
+    """Text and tokens that were made; steps and seconds as `TokenStream.pace` gives them."""
 
     text: str
     tokens: list[int]
-    arrivals: list[float]
     finish_reason: str
+    steps: int = 0
+    seconds: float = 0.0
 
     @property
-    def tokens_per_s(self) -> float:
-        """Of the tokens after the first, the end token included."""
-        return rate(len(self.arrivals) - 1, self.arrivals[-1] - self.arrivals[0])
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first; None where there is none."""
+        return rate(self.steps, self.seconds)
 
 
 def generate(
@@ -86,13 +99,14 @@ def generate(
     chat: bool | None = None,
     cache: CacheConfig | None = None,
     on_text: OnText | None = None,
+    progress: Progress = silent,
 ) -> GenerationResult:
     """Continue a prompt by at most max_tokens, fewer where the model's context ends.
 
     Sampling controls as in `Sampling`; temperature 0 gives mlx-lm's own greedy tokens. chat as in
-    `prompt_tokens`. `cache` compresses the key-value cache as it is filled. on_text gets each piece of text;
-    an exception from it ends the generation and comes through. Raises InputError for a prompt or option that
-    cannot be used.
+    `prompt_tokens`. `cache` compresses the key-value cache as it is filled. on_text gets each piece of text, progress
+    counts tokens of the prompt as they are read and new ones as they are made; an exception from either ends the
+    generation and comes through. Raises InputError for a prompt or option that cannot be used.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     tokens = prompt_tokens(tokenizer, prompt, chat)
@@ -100,10 +114,13 @@ def generate(
     metal_kernels.reset_paths()
     mx.reset_peak_memory()
     held = make_cache(model, cache)
+    steps = Steps(progress, len(tokens) - 1 + max_tokens)
+    steps.add(READING, 0)
     started = time.perf_counter()
-    read_prompt(model, tokens[:-1], held)
+    read_prompt(model, tokens[:-1], held, partial(steps.add, READING))
     read = time.perf_counter()
-    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, sampling, on_text)
+    wrote = partial(steps.add, WRITING)
+    made = continue_prompt(model, tokenizer, tokens, held, max_tokens, sampling, on_text, wrote)
     return GenerationResult(
         text=made.text,
         token_ids=made.tokens,
@@ -133,15 +150,18 @@ def make_cache(model: nn.Module, config: CacheConfig | None) -> list[Any]:
     return cache if config is None else convert_cache_to_turboquant(cache, **config.to_dict())
 
 
-def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any]) -> None:
+def read_prompt(model: nn.Module, tokens: list[int], cache: list[Any], on_tokens: OnTokens = unheard) -> None:
     """Fill a cache with tokens, without the output projection where the model lets it be left out."""
     forward = adapter.backbone(model) or model
     for layer in cache:
         if isinstance(layer, TurboQuantKVCache):
             layer.reserve(len(tokens))
-    for start in range(0, len(tokens), _PROMPT_STEP):
-        forward(mx.array(tokens[start : start + _PROMPT_STEP])[None], cache=cache)
+    step = _PROMPT_STEP_ON_CPU if metal_kernels.device() == "cpu" else _PROMPT_STEP
+    for start in range(0, len(tokens), step):
+        piece = tokens[start : start + step]
+        forward(mx.array(piece)[None], cache=cache)
         mx.eval([c.state for c in cache])
+        on_tokens(len(piece))
 
 
 def continue_prompt(
@@ -152,11 +172,13 @@ def continue_prompt(
     max_tokens: int,
     sampling: Sampling | None = None,
     on_text: OnText | None = None,
+    on_tokens: OnTokens = unheard,
 ) -> Continuation:
     """Generate after `tokens`, all but the last of which the cache holds."""
     sampling = sampling or Sampling()
     sample, processors = sampling.sampler(len(tokenizer)), sampling.processors(tokens[:-1])
-    made, detokenizer = Continuation("", [], [], "length"), tokenizer.detokenizer
+    stream = TokenStream(model, tokens[-1], cache, max_tokens, sample, processors)
+    made, detokenizer = Continuation("", [], "length"), tokenizer.detokenizer
 
     def tell() -> None:
         piece = detokenizer.last_segment
@@ -165,14 +187,15 @@ def continue_prompt(
             on_text(piece)
 
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        for token in token_stream(model, tokens[-1], cache, max_tokens, sample, processors):
-            made.arrivals.append(time.perf_counter())
+        for token in stream:
+            on_tokens(1)
             if token in tokenizer.eos_token_ids:
                 made.finish_reason = "stop"
                 break
             made.tokens.append(token)
             detokenizer.add_token(token)
             tell()
+        made.steps, made.seconds = stream.pace()
         detokenizer.finalize()
         tell()
     return made
@@ -183,9 +206,9 @@ def cache_nbytes(cache: list[Any]) -> int:
     return sum(c.nbytes for c in cache)
 
 
-def rate(count: int, seconds: float) -> float:
-    """Tokens a second; 0 where there were none."""
-    return count / seconds if count > 0 and seconds > 0 else 0.0
+def rate(count: int, seconds: float) -> float | None:
+    """Tokens a second; None where there were none."""
+    return count / seconds if count > 0 and seconds > 0 else None
 
 
 def peak_memory_bytes() -> int:

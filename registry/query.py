@@ -36,10 +36,10 @@ class Field:
 
 
 def _latest(table: type[EvaluationRow] | type[SpeedRow], name: str) -> ColumnElement[Any]:
-    """One number of the newest result that a model itself has."""
-    newest = select(getattr(table, name)).where(table.model_id == ModelRow.id)
-    if table is EvaluationRow:
-        newest = newest.where(EvaluationRow.baseline.is_(False))
+    """One number of the newest result that a model itself has; a speed, of the newest that has it."""
+    column = getattr(table, name)
+    newest = select(column).where(table.model_id == ModelRow.id)
+    newest = newest.where(EvaluationRow.baseline.is_(False) if table is EvaluationRow else column.is_not(None))
     return newest.order_by(table.id.desc()).limit(1).correlate(ModelRow).scalar_subquery()
 
 

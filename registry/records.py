@@ -63,15 +63,16 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRecord:
-    """Speed of one generation: `context_tokens` were in the cache when it ended."""
+    """Speed of one generation: `context_tokens` were in the cache when it ended. A speed is None where there was
+    nothing to measure it by."""
 
     device: str
     backend: str
     kernel_path: str
     prompt_tokens: int
     generation_tokens: int
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
     context_tokens: int | None = None
     peak_memory_bytes: int | None = None
     cache: str = ""
@@ -89,7 +90,7 @@ class CacheComparisonRecord:
     max_tokens: int
     cache_bytes: int
     compression: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     k_bits: int | None = None
     v_bits: int | None = None
     group_size: int | None = None
@@ -139,7 +140,7 @@ class ModelRecord:
 class Model(ModelRecord):
     """A published model. `size_bytes` is the sum of its files; `external` means that `path` was
     chosen by the user and lies outside the models root; `evaluation` and `speed` are the latest of
-    the model itself."""
+    the model itself, `speed` of those with a measured speed of generation."""
 
     path: Path
     external: bool

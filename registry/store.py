@@ -277,7 +277,8 @@ class Registry:
         ids = [row.id for row in rows]
         own = select(func.max(EvaluationRow.id)).where(EvaluationRow.baseline.is_(False))
         own = own.where(EvaluationRow.model_id.in_(ids)).group_by(EvaluationRow.model_id)
-        timed = select(func.max(SpeedRow.id)).where(SpeedRow.model_id.in_(ids)).group_by(SpeedRow.model_id)
+        timed = select(func.max(SpeedRow.id)).where(SpeedRow.generation_tokens_per_s.is_not(None))
+        timed = timed.where(SpeedRow.model_id.in_(ids)).group_by(SpeedRow.model_id)
         evaluations = session.scalars(select(EvaluationRow).where(EvaluationRow.id.in_(own)))
         latest = {row.model_id: row for row in evaluations}
         speeds = {row.model_id: row for row in session.scalars(select(SpeedRow).where(SpeedRow.id.in_(timed)))}

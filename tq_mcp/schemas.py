@@ -62,8 +62,8 @@ class Generation(Result):
     finish_reason: str = Field(description="stop: the model ended; length: max_tokens or its context ended")
     prompt_tokens: int
     generation_tokens: int
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
+    prompt_tokens_per_s: float | None = Field(description="of all but the last; null where there is no other")
+    generation_tokens_per_s: float | None = Field(description="of all but the first; null where there is no other")
     peak_memory_bytes: int
     cache: str = Field(description="key-value cache that was used")
     cache_bytes: int
@@ -116,7 +116,7 @@ class CacheRow(Result):
     v_bits: int | None
     cache_bytes: int
     compression: float = Field(description="bytes of a float16 cache of the same tokens, over cache_bytes")
-    tokens_per_s: float
+    tokens_per_s: float | None = Field(description="of all tokens but the first; null where there is no other")
     kl: float
     top1: float
     text: str = Field(description="untrusted output of the model with this cache")
@@ -205,7 +205,7 @@ class ModelSummary(Result):
     parameters: int
     ppl: float | None
     ppl_text: str | None = Field(description="text that ppl was measured on; compare only the same")
-    generation_tokens_per_s: float | None
+    generation_tokens_per_s: float | None = Field(description="the latest that was measured")
     aliases: list[str]
     tags: list[str]
     created_at: datetime
@@ -288,8 +288,8 @@ class SpeedEntry(Result):
 
     prompt_tokens: int
     generation_tokens: int
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
     peak_memory_bytes: int | None
     cache: str
     cache_bytes: int | None
@@ -310,7 +310,7 @@ class CacheEntry(Result):
     max_tokens: int
     cache_bytes: int
     compression: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     kl: float | None
     top1: float | None
     device: str

@@ -10,6 +10,7 @@ from mcp.server import MCPServer
 from tq_mcp import tools
 from tq_mcp.services import open_services
 from tq_mcp.settings import Settings
+from tq_mcp.stdio import interruptible_stdin
 from tq_mcp.tools.work import State
 from tq_mcp.worker import Worker
 
@@ -53,10 +54,11 @@ def build_server(settings: Settings) -> MCPServer[State]:
 
 
 def serve(settings: Settings) -> None:
-    """Serve over stdio until the client goes. Logs go to stderr; the SDK keeps stray output off stdout, which
-    belongs to the protocol."""
+    """Serve over stdio until the client goes; SIGINT ends it in the same way and raises KeyboardInterrupt. Logs go to
+    stderr; the SDK keeps stray output off stdout, which belongs to the protocol."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    build_server(settings).run("stdio")
+    with interruptible_stdin():
+        build_server(settings).run("stdio")
 
 
 def package_version() -> str:

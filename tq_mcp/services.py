@@ -156,15 +156,6 @@ class Services:
         found = locate(self._registry, model)
         loaded, tokenizer = self._loaded.get(found.ref, progress)
         self._loaded.warm_up(prompt, [cache])
-        pieces = 0
-
-        def on_piece(text: str) -> None:
-            nonlocal pieces
-            pieces += 1
-            progress(min(pieces, max_tokens), max_tokens, "writing")
-            if on_text is not None:
-                on_text(text)
-
         made = generate(
             loaded,
             tokenizer,
@@ -172,7 +163,8 @@ class Services:
             max_tokens=max_tokens,
             chat=chat,
             cache=cache,
-            on_text=on_piece,
+            on_text=on_text,
+            progress=progress,
             **asdict(sampling or Sampling()),
         )
         described = cache_name(cache)

@@ -165,6 +165,17 @@ def test_progress_counts_up_to_all(demo_model: Path, text: Text) -> None:
     assert counted[-1][2] == "window 2 of 2: turboquant, 2 bits"
 
 
+def test_progress_of_a_converted_model_beside_its_original_counts_up_to_all(
+    converted: Path, demo_model: Path, text: Text
+) -> None:
+    seen: list[tuple[int, int, str]] = []
+    small: dict[str, Any] = {"seq_len": 16, "num_samples": 2}
+    evaluate(converted, text=text, reference=demo_model, progress=lambda *s: seen.append(s), **small)
+    counted = [entry for entry in seen if entry[2].startswith(("quantizing", "window"))]
+    assert [(done, total) for done, total, _ in counted] == [(n, len(counted)) for n in range(1, len(counted) + 1)]
+    assert counted[-1][2] == "window 2 of 2: turboquant, 2 bits"
+
+
 def test_an_exception_from_progress_stops_the_work(demo_model: Path, text: Text) -> None:
     calls: list[str] = []
 

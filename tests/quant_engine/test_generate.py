@@ -8,13 +8,24 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
+import metal_kernels
 from quant_engine.config import CacheConfig
 from quant_engine.errors import InputError
-from quant_engine.generate import Continuation, continue_prompt, generate, make_cache, rate, read_prompt
+from quant_engine.generate import (
+    READING,
+    WRITING,
+    Continuation,
+    continue_prompt,
+    generate,
+    make_cache,
+    rate,
+    read_prompt,
+)
 from quant_engine.loader import load
 from quant_engine.prompt import prompt_tokens
 
 PROMPT = "The city lies on the river and"
+CHUNK = 512 if metal_kernels.device() == "cpu" else 2048
 WIDE_KEYS = 64
 """Head size of the demo model, the smallest that a compressed cache takes at group 64."""
 
@@ -64,6 +75,44 @@ def test_an_exception_from_the_listener_ends_generation(loaded: tuple[nn.Module,
         generate(*loaded, PROMPT, max_tokens=50, on_text=stop)
     assert len(pieces) == 1
     assert generate(*loaded, PROMPT, max_tokens=2).generation_tokens == 2
+
+
+def test_progress_counts_the_prompt_by_chunks_and_every_new_token(loaded: tuple[nn.Module, Any]) -> None:
+    seen: list[tuple[int, int, str]] = []
+    result = generate(*loaded, PROMPT * 80, max_tokens=3, progress=lambda *s: seen.append(s))
+    read = result.prompt_tokens - 1
+    chunks = [0, *range(CHUNK, read, CHUNK), read]
+    expected = [(done, READING) for done in chunks] + [(read + made, WRITING) for made in (1, 2, 3)]
+    assert seen == [(done, read + 3, message) for done, message in expected]
+
+
+def test_reading_a_prompt_can_be_stopped_between_its_chunks(loaded: tuple[nn.Module, Any]) -> None:
+    def stop(count: int) -> None:
+        raise InterruptedError
+
+    cache = make_cache(loaded[0], None)
+    with pytest.raises(InterruptedError):
+        read_prompt(loaded[0], [5] * (CHUNK + 100), cache, stop)
+    assert cache[0].offset == CHUNK
+
+
+def test_tokens_without_text_are_counted_and_can_be_stopped(
+    loaded: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def stop(count: int) -> None:
+        counted.append(count)
+        if len(counted) == 4:
+            raise InterruptedError
+
+    model, tokenizer = loaded
+    monkeypatch.setattr(type(tokenizer.detokenizer), "last_segment", "")
+    cache, tokens = make_cache(model, None), prompt_tokens(tokenizer, PROMPT)
+    read_prompt(model, tokens[:-1], cache)
+    with pytest.raises(InterruptedError):
+        continue_prompt(model, tokenizer, tokens, cache, 9, on_text=lambda _: pytest.fail("text"), on_tokens=stop)
+    assert counted == [1, 1, 1, 1]
 
 
 def test_an_end_token_stops_and_is_left_out(loaded: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +180,7 @@ def test_a_prompt_of_one_token_is_continued(loaded: tuple[nn.Module, Any]) -> No
     model, tokenizer = loaded
     result = generate(model, tokenizer, "a", max_tokens=3)
     assert (result.prompt_tokens, result.generation_tokens) == (1, 3)
-    assert result.prompt_tokens_per_s == 0
+    assert result.prompt_tokens_per_s is None
 
 
 def test_the_result_says_what_it_took(loaded: tuple[nn.Module, Any]) -> None:
@@ -194,11 +243,18 @@ def test_a_model_of_unknown_build_is_read_whole() -> None:
 
     model = Opaque()
     model.calls = []
-    read_prompt(model, list(range(3000)), [])
-    assert model.calls == [(1, 2048), (1, 952)]
+    read_prompt(model, list(range(2 * CHUNK + 100)), [])
+    assert model.calls == [(1, CHUNK), (1, CHUNK), (1, 100)]
 
 
-def test_rates_count_what_lies_between_arrivals() -> None:
-    assert Continuation("", [1, 2, 3], [10.0, 10.5, 11.0], "length").tokens_per_s == pytest.approx(2.0)
-    assert Continuation("", [1], [10.0], "length").tokens_per_s == 0
-    assert rate(5, 0.0) == 0
+def test_one_token_has_no_speed_and_two_have_that_of_one_step(loaded: tuple[nn.Module, Any]) -> None:
+    assert generate(*loaded, PROMPT, max_tokens=1).generation_tokens_per_s is None
+    cache, tokens = make_cache(loaded[0], None), prompt_tokens(loaded[1], PROMPT)
+    read_prompt(loaded[0], tokens[:-1], cache)
+    assert continue_prompt(*loaded, tokens, cache, 2).steps == 1
+
+
+def test_rates_are_of_steps_and_seconds() -> None:
+    assert Continuation("", [1, 2, 3], "length", 2, 1.0).tokens_per_s == 2.0
+    assert Continuation("", [1], "length").tokens_per_s is None
+    assert rate(5, 0.0) is None

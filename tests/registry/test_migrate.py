@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
-from registry import Model, Registry, RegistryError, open_registry
+from registry import Model, Registry, RegistryError, SpeedRecord, open_registry
 from registry.migrate import SCRIPTS, migrate
 from registry.session import Database
 from registry.tables import Base
@@ -24,8 +25,8 @@ NEXT = '''
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -38,7 +39,7 @@ def upgrade() -> None:
 def later_scripts(folder: Path, fail: str = "") -> Path:
     scripts = folder / "100% later"
     shutil.copytree(SCRIPTS, scripts)
-    (scripts / "versions" / "0002_note.py").write_text(NEXT.replace("FAIL", fail or "pass"))
+    (scripts / "versions" / "0003_note.py").write_text(NEXT.replace("FAIL", fail or "pass"))
     return scripts
 
 
@@ -69,7 +70,7 @@ def test_every_table_can_be_made_in_postgresql() -> None:
 
 def test_a_new_or_present_schema_needs_no_backup(home: Path, registry: Registry) -> None:
     open_registry(home).close()
-    assert revision(home) == "0001"
+    assert revision(home) == "0002"
     assert not (home / "backups").exists()
 
 
@@ -77,10 +78,10 @@ def test_an_older_schema_is_upgraded_after_a_backup_and_loses_nothing(
     home: Path, database: Database, registry: Registry, tmp_path: Path
 ) -> None:
     backup = migrate(database, home / "backups", later_scripts(tmp_path))
-    assert revision(home) == "0002"
+    assert revision(home) == "0003"
     assert backup is not None
     with closing(sqlite3.connect(backup)) as raw:
-        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == ("0002",)
         assert raw.execute("SELECT name FROM models").fetchall() == [("tiny-tq3",)]
     model = registry.get("tiny-tq3")
     assert len(model.files) == 3
@@ -100,14 +101,14 @@ def test_a_migration_that_fails_leaves_the_old_schema_whole(
 ) -> None:
     with pytest.raises((RuntimeError, RegistryError), match=r"broken|broke 4 references"):
         migrate(database, home / "backups", later_scripts(tmp_path, failure))
-    assert revision(home) == "0001"
+    assert revision(home) == "0002"
     assert registry.verify("tiny-tq3").ok
 
 
 def test_a_newer_schema_is_refused(home: Path, registry: Registry) -> None:
     with closing(sqlite3.connect(home / "registry.sqlite", isolation_level=None)) as raw:
         raw.execute("UPDATE alembic_version SET version_num = '0999'")
-    with pytest.raises(RegistryError, match=r"newer version \(schema 0999; .* up to 0001\).*Upgrade"):
+    with pytest.raises(RegistryError, match=r"newer version \(schema 0999; .* up to 0002\).*Upgrade"):
         open_registry(home)
 
 
@@ -116,11 +117,29 @@ def test_a_server_database_is_not_backed_up_here(
 ) -> None:
     monkeypatch.setattr(database, "file", None)
     assert migrate(database, home / "backups", later_scripts(tmp_path)) is None
-    assert revision(home) == "0002"
+    assert revision(home) == "0003"
 
 
-def test_migrations_only_go_forward(tmp_path: Path) -> None:
+def test_speeds_told_by_too_few_tokens_are_forgotten_and_others_kept(
+    home: Path, database: Database, registry: Registry
+) -> None:
+    measured = SpeedRecord(
+        device="", backend="", kernel_path="", prompt_tokens=5, generation_tokens=64,
+        prompt_tokens_per_s=9.0, generation_tokens_per_s=8.0,
+    )  # fmt: skip
+    few = [replace(measured, prompt_tokens=1), replace(measured, generation_tokens=2)]
+    registry.add_speed("tiny-tq3", measured, *few)
+    with closing(sqlite3.connect(home / "registry.sqlite", isolation_level=None)) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '0001'")
+    migrate(database, home / "backups")
+    assert [(speed.prompt_tokens_per_s, speed.generation_tokens_per_s) for speed in registry.speeds("tiny-tq3")] == [
+        (9, 8), (None, 8), (9, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (SCRIPTS / "versions").glob("*.py")))
+def test_migrations_only_go_forward(name: str) -> None:
     namespace: dict[str, Callable[[], None]] = {}
-    exec((SCRIPTS / "versions" / "0001_first.py").read_text(), namespace)
+    exec((SCRIPTS / "versions" / name).read_text(), namespace)
     with pytest.raises(NotImplementedError, match="Restore the backup"):
         namespace["downgrade"]()

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -188,6 +189,9 @@ def test_models_can_be_sorted_by_their_latest_speed(five: Registry) -> None:
     five.add_speed("qwen-2", speed)
     assert names(five, sort="-generation_tokens_per_s")[0] == "qwen-2"
     assert names(five, "generation_tokens_per_s>=5") == ["qwen-2"]
+    five.add_speed("qwen-2", replace(speed, generation_tokens_per_s=None, prompt_tokens_per_s=2.0))
+    assert names(five, "generation_tokens_per_s>=5") == names(five, "prompt_tokens_per_s=2") == ["qwen-2"]
+    assert names(five, sort="-generation_tokens_per_s")[0] == "qwen-2"
 
 
 def test_the_help_names_every_field() -> None:

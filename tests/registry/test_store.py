@@ -153,13 +153,19 @@ def test_speeds_and_cache_comparisons_come_back(registry: Registry, publish: Pub
     publish()
     registry.add_speed("tiny-tq3", SPEED)
     registry.add_cache_comparison("tiny-tq3", replace(CACHE, cache="full"), CACHE)
-    registry.add_cache_comparison("tiny-tq3", CACHE)
+    registry.add_cache_comparison("tiny-tq3", replace(CACHE, tokens_per_s=None))
     assert [replace(speed, created_at=None) for speed in registry.speeds("tiny-tq3")] == [SPEED]
     speed = registry.get("tiny-tq3").speed
     assert speed is not None
     assert speed.generation_tokens_per_s == 30.0
+    registry.add_speed("tiny-tq3", replace(SPEED, generation_tokens_per_s=None))
+    assert registry.speeds("tiny-tq3")[1].generation_tokens_per_s is None
+    assert registry.get("tiny-tq3").speed == speed, "what was not measured replaced what was"
     caches = registry.cache_comparisons("tiny-tq3")
-    assert [replace(cache, created_at=None, run="") for cache in caches][1:] == [CACHE, CACHE]
+    assert [replace(cache, created_at=None, run="") for cache in caches][1:] == [
+        CACHE,
+        replace(CACHE, tokens_per_s=None),
+    ]
     assert caches[0].run == caches[1].run != caches[2].run
 
 

@@ -282,7 +282,14 @@ class TestGenerate:
         (speed,) = services.get_model(NAME).speeds
         assert speed.generation_tokens == 8
         assert services.list_models().models[0].generation_tokens_per_s == speed.generation_tokens_per_s
-        assert ticks[-1][1] == 8
+        total = made.prompt_tokens - 1 + 8
+        assert ticks[-9:] == [(done, total) for done in range(total - 8, total + 1)]
+
+    def test_one_token_tells_no_speed_and_leaves_the_latest(self, services: Services) -> None:
+        known = services.generate(NAME, PROMPT, max_tokens=8).generation_tokens_per_s
+        assert services.generate(NAME, PROMPT, max_tokens=1).generation_tokens_per_s is None
+        assert [speed.generation_tokens_per_s for speed in services.get_model(NAME).speeds] == [known, None]
+        assert services.list_models().models[0].generation_tokens_per_s == known
 
     def test_the_text_arrives_in_pieces(self, services: Services) -> None:
         pieces: list[str] = []
@@ -362,6 +369,11 @@ class TestCompare:
         assert [(row.k_bits, row.v_bits) for row in report.rows] == [(None, None), (4, 4)]
         entries = services.get_model(NAME).cache_comparisons
         assert len({entry.run for entry in entries}) == 1 and len(entries) == 2
+
+    def test_one_token_tells_no_speed(self, services: Services) -> None:
+        report = services.compare_kv_cache(NAME, PROMPT, max_tokens=1, caches=cache_configs([4]))
+        assert [row.tokens_per_s for row in report.rows] == [None, None]
+        assert [entry.tokens_per_s for entry in services.get_model(NAME).cache_comparisons] == [None, None]
 
 
 class TestPlan:

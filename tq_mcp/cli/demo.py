@@ -54,9 +54,10 @@ def table(story: Story, seconds: float, home: Path | None) -> RenderableType:
     columns = ("", *(names[row.method] for row in rows))
     listed = ", ".join(model.name for model in story.models.models)
     generated = story.generation
+    speed = output.number(generated.generation_tokens_per_s, 0)
     return Group(
         output.table(title, columns, cells),
-        Text(f"It writes {generated.generation_tokens_per_s:,.0f} tokens a second ({generated.kernel_path}):"),
+        Text(f"It writes {speed} tokens a second ({generated.kernel_path}):"),
         Text(f"  {PROMPT} {output.one_line(generated.text, 200)}", style="italic"),
         *(Text(_cache_sentence(row)) for row in story.caches.rows[2:3]),
         Text(f"Registered: {listed}" + (f" in {home}." if home else " (in a temporary home, gone now).")),
