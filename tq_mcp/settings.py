@@ -8,6 +8,10 @@ HOME_VARIABLE = "TQ_HOME"
 DEFAULT_HOME = Path("~/.tq-mcp")
 
 
+class SettingsError(Exception):
+    """A setting that cannot be used, in words."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """home: the absolute folder of models and registry."""
@@ -16,9 +20,12 @@ class Settings:
 
     @classmethod
     def read(cls, home: str | Path | None = None) -> "Settings":
-        """The settings in force: `home` where given, otherwise TQ_HOME, otherwise ~/.tq-mcp."""
+        """The settings in force: `home` where given, otherwise TQ_HOME, otherwise ~/.tq-mcp. Raises SettingsError."""
         chosen = home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
-        return cls(Path(chosen).expanduser().absolute())
+        try:
+            return cls(Path(chosen).expanduser().absolute())
+        except RuntimeError as error:
+            raise SettingsError(f"{HOME_VARIABLE} is {str(chosen)!r}, and there is no such user's home") from error
 
 
 def child_environment(**changes: str) -> dict[str, str]:

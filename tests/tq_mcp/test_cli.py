@@ -223,6 +223,29 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("line", "words"),
         [
+            ("models ls --home ~nobody-here/x", "'~nobody-here/x': there is no such user's home"),
+            ("export --model x --output ~nobody-here/x", "there is no such user's home"),
+            ("convert --hf-path x --mlx-path=", "--mlx-path: it is empty; name a folder"),
+        ],
+    )
+    def test_folders_that_cannot_be_are_usage_errors(
+        self, line: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as exit:
+            main(line.split())
+        assert exit.value.code == 2 and words in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", ["models ls", "doctor"])
+    def test_a_home_that_cannot_be_is_named(
+        self, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TQ_HOME", "~nobody-here/x")
+        assert main(command.split()) == 1
+        assert capsys.readouterr().err == "TQ_HOME is '~nobody-here/x', and there is no such user's home.\n"
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
             ("generate --model smal --prompt x", f"Nearest: {NAME}"),
             ("models show nothing", "no model 'nothing'"),
             ("models ls --filter nonsense", "is not a filter"),

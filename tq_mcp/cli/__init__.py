@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tq_mcp.cli.parser import build_parser
+from tq_mcp.settings import SettingsError
 
 INTERRUPTED = 130
 
@@ -18,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(command.run(arguments))
         sys.stdout.flush()
         return code
+    except SettingsError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was left half-written.", file=sys.stderr)
         return INTERRUPTED

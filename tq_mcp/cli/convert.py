@@ -1,7 +1,6 @@
 """`tq-mcp convert`."""
 
 import argparse
-from pathlib import Path
 
 from quant_engine.config import QuantConfig
 from tq_mcp.cli import output
@@ -10,7 +9,6 @@ from tq_mcp.cli.run import run_command
 
 
 def run(arguments: argparse.Namespace) -> int:
-    place = Path(arguments.mlx_path).expanduser().absolute() if arguments.mlx_path else None
     return run_command(
         arguments,
         lambda services, progress: services.convert(
@@ -25,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **module_widths(arguments),
             ),
             name=arguments.name,
-            output=place,
+            output=arguments.mlx_path,
             revision=arguments.revision,
             dtype=arguments.dtype,
             keep_unfitting=arguments.keep_unfitting,

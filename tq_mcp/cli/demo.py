@@ -15,7 +15,7 @@ from tq_mcp.demo import PROMPT, DemoError, Story, run_demo
 
 
 def run(arguments: argparse.Namespace) -> int:
-    home = Path(arguments.home).expanduser().absolute() if arguments.home else None
+    home = arguments.home
     started = time.perf_counter()
     with Console(stderr=True).status("starting the server") as status:
         shown = {"step": ""}

@@ -4,6 +4,7 @@ Each command names the module of `tq_mcp.cli` that runs it; modules have `run(ar
 """
 
 import argparse
+from pathlib import Path
 from typing import Any, Protocol
 
 WEIGHT_BITS = (2, 3, 4)
@@ -29,6 +30,16 @@ class Commands(Protocol):
     """What argparse gives for adding commands; its own class is private."""
 
     def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser: ...
+
+
+def folder(text: str) -> Path:
+    """The absolute path of a folder that an option names."""
+    try:
+        if text:
+            return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such user's home") from error
+    raise argparse.ArgumentTypeError("it is empty; name a folder, or leave the option out")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +74,9 @@ def _command(commands: Commands, name: str, module: str, purpose: str, example: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(module=module)
-    parser.add_argument("--home", metavar="DIR", help="models and registry (default: TQ_HOME, or ~/.tq-mcp)")
+    parser.add_argument(
+        "--home", type=folder, metavar="DIR", help="models and registry (default: TQ_HOME, or ~/.tq-mcp)"
+    )
     return parser
 
 
@@ -102,7 +115,7 @@ def _add_convert(commands: Commands) -> None:
         "tq-mcp convert --hf-path Qwen/Qwen2.5-0.5B --bits 3 --group-size 64",
     )
     _add_source(parser)
-    parser.add_argument("--mlx-path", metavar="DIR", help="folder to write (default: HOME/models/NAME)")
+    parser.add_argument("--mlx-path", type=folder, metavar="DIR", help="folder to write (default: HOME/models/NAME)")
     parser.add_argument("--name", help="registry name (default: that of --mlx-path, or made from the source)")
     parser.add_argument("--bits", type=int, choices=WEIGHT_BITS, default=3, help="bits a weight (default: 3)")
     _add_group_size(parser)
@@ -141,7 +154,7 @@ def _add_export(commands: Commands) -> None:
         "tq-mcp export --model qwen-3bit --output qwen-affine --form affine --bits 4",
     )
     parser.add_argument("--model", required=True, help="converted model: " + MODEL_HELP)
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--output", type=folder, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--form", choices=FORMS, default="float", help="dequantized, or in a quantization of MLX's (default: float)"
     )
