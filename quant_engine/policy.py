@@ -23,11 +23,15 @@ FULL_ATTENTION = {"gpt_oss": "attention, which gpt-oss keeps in full precision t
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a module's weight is quantized, at how many bits (0: not), and the reason where it is not."""
+    """Whether a module's weight is quantized, at how many bits (0: not), and the reason where it is not.
+
+    fits: False where the recipe would quantize it, and its groups or rotation do not fit the width.
+    """
 
     quantize: bool
     bits: int = 0
     reason: str = ""
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Policy:
             choose_block(shape[-1], self.config.rotation)
         except RecipeError as error:
             if keep_unfitting:
-                return Decision(False, reason=str(error))
-            raise RecipeError(f"{path}: {error}; or keep such modules in full precision (keep_unfitting)") from error
+                return Decision(False, reason=str(error), fits=False)
+            raise RecipeError(
+                f"{path}: {error}; to convert the rest, keep such modules in full precision (keep_unfitting)"
+            ) from error
         return Decision(True, bits)
 
     def group_size(self, path: str) -> int:

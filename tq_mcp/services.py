@@ -207,7 +207,7 @@ class Services:
         if found.model:
             compared = found.model.source if original else None
             self._registry.add_evaluation(found.model.name, *records.evaluation_records(report, compared))
-        return records.evaluation(found.name, report, notes)
+        return records.evaluation(found.name, report, [*notes, *report.notes])
 
     def compare_kv_cache(
         self,
