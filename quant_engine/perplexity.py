@@ -42,23 +42,36 @@ def windows(tokenizer: Any, text: Text, seq_len: int, num_samples: int) -> NDArr
 
 
 def perplexity(scores: Sequence[Score]) -> Estimate:
-    """exp of the mean negative log-likelihood over all positions; windows must have the same length."""
+    """exp of the mean negative log-likelihood over all positions; windows must have the same length.
+
+    Raises InputError where that is beyond any number.
+    """
     losses = _losses(scores)
-    value = math.exp(losses.mean())
-    return Estimate(value, _stderr(value * losses))
+    value = _exp(losses.mean())
+    return Estimate(value, _stderr(losses, value))
 
 
 def difference(scores: Sequence[Score], reference: Sequence[Score]) -> Estimate:
     """Perplexity less the reference's on the same windows; the standard error takes windows as pairs."""
     losses, baseline = _losses(scores), _losses(reference)
-    value, base = math.exp(losses.mean()), math.exp(baseline.mean())
-    return Estimate(value - base, _stderr(value * losses - base * baseline))
+    value, base = _exp(losses.mean()), _exp(baseline.mean())
+    return Estimate(value - base, _stderr(losses - base / value * baseline, value))
 
 
 def _losses(scores: Sequence[Score]) -> NDArray[np.float64]:
     return np.array([s.nll / s.positions for s in scores])
 
 
-def _stderr(values: NDArray[np.float64]) -> float | None:
-    """Standard error of the mean; to first order that of exp(mean) when the values are scaled by it."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise InputError(
+            f"the model's mean loss is {loss:.0f} nats a token, too much for a perplexity; its weights are damaged: "
+            "download the model again, or convert it anew with more bits"
+        ) from error
+
+
+def _stderr(values: NDArray[np.float64], scale: float) -> float | None:
+    """Standard error of the mean, scaled; scaled by exp(mean), to first order that of exp(mean)."""
+    return float(scale * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -79,3 +79,11 @@ def test_nothing_differs_from_itself() -> None:
     same: Any = scores(1.0, 2.0)
     estimate = difference(same, same)
     assert (estimate.value, estimate.stderr) == (0.0, 0.0)
+
+
+def test_a_loss_beyond_any_perplexity_is_refused() -> None:
+    assert math.isfinite(perplexity(scores(690.0, 700.0)).stderr or math.nan)
+    with pytest.raises(InputError, match="mean loss is 800 nats a token, too much for a perplexity"):
+        perplexity(scores(800.0))
+    with pytest.raises(InputError, match="mean loss is 800 nats"):
+        difference(scores(800.0), scores(1.0))
