@@ -121,7 +121,9 @@ def allocate(
     budget = Budget.of(source, config, keep_unfitting)
     forms = {path: forms_of(path, entry, config) for path, entry in budget.free.items()}
     left = budget.left(target_bpw, forms.values())
-    tokens = None if text is None else windows(load_tokenizer(source), text, WINDOW_TOKENS, WINDOWS)
+    tokens = None
+    if text is not None:
+        tokens = windows(load_tokenizer(source), text, WINDOW_TOKENS, WINDOWS, own_length=False)
     model = load_source(source, fuse=False, dequantize=True)
     choices = measure(model, forms, write_text(model) if tokens is None else tokens, config, progress)
     chosen = spend(choices, left).items()

@@ -203,9 +203,7 @@ def tokenizer(path: Path, eos_token_ids: Any = None, settings: Mapping[str, Any]
     try:
         return load_tokenizer(path, dict(settings or {}), eos_token_ids=eos_token_ids)
     except Exception as error:  # whatever a broken file makes transformers raise
-        raise CorruptCheckpointError(
-            f"the tokenizer of {path} cannot be read ({error!r}); download it again"
-        ) from error
+        raise CorruptCheckpointError(f"the tokenizer of {path} cannot be read: {error!r}; download it anew") from error
 
 
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:

@@ -21,11 +21,13 @@ class Estimate:
     stderr: float | None
 
 
-def windows(tokenizer: Any, text: Text, seq_len: int, num_samples: int) -> NDArray[np.int32]:
+def windows(
+    tokenizer: Any, text: Text, seq_len: int, num_samples: int, *, own_length: bool = True
+) -> NDArray[np.int32]:
     """The first non-overlapping windows of a text (windows, seq_len), tokenized whole without special tokens.
 
-    Fewer than num_samples where the text ends before. Raises InputError for lengths and counts that make no
-    sense and for a text too short for one window.
+    Fewer than num_samples where the text ends before. own_length: whether seq_len is the user's choice. Raises
+    InputError for lengths and counts that make no sense and for a text too short for one window.
     """
     if seq_len < 2:
         raise InputError(f"seq_len is {seq_len}; a window needs at least 2 tokens, since its first is not scored")
@@ -34,9 +36,9 @@ def windows(tokenizer: Any, text: Text, seq_len: int, num_samples: int) -> NDArr
     tokens = tokenizer.encode(text.text, add_special_tokens=False, verbose=False)
     count = min(num_samples, len(tokens) // seq_len)
     if count == 0:
+        shorter = f", or a seq_len of at most {max(len(tokens), 2)}" if own_length else ""
         raise InputError(
-            f"text {text.name!r} has {len(tokens)} tokens and one window of seq_len {seq_len} needs "
-            f"{seq_len}; give a longer text, or a seq_len of at most {max(len(tokens), 2)}"
+            f"text {text.name!r} has {len(tokens)} tokens and one window needs {seq_len}; give a longer text{shorter}"
         )
     return np.array(tokens[: count * seq_len], dtype=np.int32).reshape(count, seq_len)
 

@@ -38,7 +38,7 @@ def test_a_short_text_gives_the_windows_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("seq_len", "num_samples", "words"),
     [
-        (12, 4, "'letters' has 11 tokens and one window of seq_len 12 needs 12; .* at most 11"),
+        (12, 4, "'letters' has 11 tokens and one window needs 12; give a longer text, or a seq_len of at most 11"),
         (1, 4, "seq_len is 1; .* at least 2"),
         (4, 0, "num_samples is 0; at least 1"),
     ],
@@ -46,6 +46,11 @@ def test_a_short_text_gives_the_windows_that_it_has() -> None:
 def test_lengths_that_cannot_be_are_refused(seq_len: int, num_samples: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
         windows(Letters(), TEXT, seq_len, num_samples)
+
+
+def test_a_length_that_is_not_the_users_is_not_advised_about() -> None:
+    with pytest.raises(InputError, match=r"one window needs 12; give a longer text$"):
+        windows(Letters(), TEXT, 12, 4, own_length=False)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:

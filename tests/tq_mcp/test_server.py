@@ -12,6 +12,7 @@ from mcp import Client
 
 import tq_mcp.services
 import tq_mcp.worker
+from quant_engine.config import CacheConfig
 from quant_engine.errors import RecipeError
 from tests.tq_mcp.conftest import NAME, error, structured
 from tq_mcp import schemas
@@ -69,6 +70,14 @@ class TestDescriptions:
     async def test_the_instructions_name_every_tool(self, client: Client) -> None:
         assert client.instructions == INSTRUCTIONS
         assert [name for name in TOOLS if name not in INSTRUCTIONS] == []
+
+    @pytest.mark.parametrize("tool", ["generate", "compare_kv_cache"])
+    async def test_each_of_a_caches_widths_says_what_it_is_where_only_the_other_is_given(
+        self, client: Client, tool: str
+    ) -> None:
+        schema = next(t.input_schema for t in (await client.list_tools()).tools if t.name == tool)["properties"]
+        assert f"{CacheConfig().k_bits} where v_bits is given" in schema["k_bits"]["description"]
+        assert f"{CacheConfig().v_bits} where k_bits is given" in schema["v_bits"]["description"]
 
     async def test_generated_text_is_marked_untrusted(self, client: Client) -> None:
         tools = {tool.name: tool.description or "" for tool in (await client.list_tools()).tools}
