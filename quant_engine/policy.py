@@ -126,12 +126,12 @@ def check_effect(config: QuantConfig, quantized: Collection[str], excluded: Mapp
     if quantized:
         return
     wishes = {name: value for name, value in config.to_dict().items() if _leaves_whole(name, value)}
-    said = " and ".join(f"{name} {value}" for name, value in wishes.items())
+    said = " and ".join(f"{name} = {value}" for name, value in wishes.items())
     reasons = "; ".join(list(dict.fromkeys(excluded.values()))[:6])
     advice = f"change {' or '.join(wishes)}" if wishes else "choose a group_size that fits"
     raise RecipeError(
-        f"{said or 'the recipe'} leaves nothing to quantize: all modules are kept as they came ({reasons}); {advice}, "
-        "or use the model as it is, without converting it"
+        f"nothing is left to quantize with {said or 'this recipe'}: all modules are kept as they came ({reasons}); "
+        f"{advice}, or use the model as it is, without converting it"
     )
 
 

@@ -315,7 +315,7 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_cleans_up(tmp_path
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (QuantConfig(protect_layers=1000), "protect_layers 1000 leaves nothing to quantize"),
+        (QuantConfig(protect_layers=1000), "nothing is left to quantize with protect_layers"),
         (QuantConfig(skip=("nomatch.*",)), "skip has the pattern 'nomatch"),
     ],
 )

@@ -221,7 +221,10 @@ def test_layers_without_keys_and_values_take_no_cache(config: dict[str, Any], la
 
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [({"protect_layers": 1000}, "protect_layers 1000 leaves nothing"), ({"skip": ["zzz"]}, "skip has the pattern")],
+    [
+        ({"protect_layers": 1000}, "nothing is left to quantize with protect_layers"),
+        ({"skip": ["zzz"]}, "skip has the pattern"),
+    ],
 )
 def test_a_recipe_that_does_nothing_is_refused(tmp_path: Path, widths: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

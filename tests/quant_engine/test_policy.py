@@ -152,10 +152,16 @@ def test_a_wish_about_something_is_granted() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"protect_layers": 1000}, r"^protect_layers 1000 leaves nothing .* \(why\); change protect_layers, or use"),
-        ({"skip": ["*"], "attn_bits": 16}, r"^attn_bits 16 and skip \['\*'\] leaves .*; change attn_bits or skip, or"),
-        ({"bits_for": [("*", 16)]}, "^bits_for .* leaves nothing"),
-        ({}, r"^the recipe leaves nothing .* \(why\); choose a group_size that fits"),
+        (
+            {"protect_layers": 1000},
+            r"^nothing is left to quantize with protect_layers = 1000: .* \(why\); change protect_layers, or use",
+        ),
+        (
+            {"skip": ["*"], "attn_bits": 16},
+            r"with attn_bits = 16 and skip = \['\*'\]: .*; change attn_bits or skip, or",
+        ),
+        ({"bits_for": [("*", 16)]}, "with bits_for = "),
+        ({}, r"with this recipe: .* \(why\); choose a group_size that fits"),
     ],
 )
 def test_a_recipe_without_effect_is_refused(settings: dict[str, Any], message: str) -> None:
