@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_engine import blueprint
+from quant_engine.architecture import describe
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, OutputError, RecipeError
@@ -28,6 +29,7 @@ from quant_engine.model_card import licence, model_card
 from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
 from quant_engine.pipeline import Threads, ahead
+from quant_engine.policy import check_effect, check_wishes
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight, chunk_rows, quantize_weight
 from quant_engine.safetensors_file import (
@@ -114,6 +116,7 @@ def convert(
     if target.resolve() == origin.path.resolve():
         raise OutputError(f"{target} is the source itself; choose another output")
     found = parameters_of(origin.config, origin.tensors, recipe)
+    check_wishes(recipe, describe(origin.config))
     drawn = blueprint.draw(
         origin.config,
         found,
@@ -122,6 +125,7 @@ def convert(
         keep_unfitting=keep_unfitting,
         max_shard_bytes=max_shard_bytes,
     )
+    check_effect(recipe, drawn.modules, drawn.excluded)
     extra = extra_files(origin)
     check_target(target, overwrite)
     identity = origin.identity()

@@ -1,6 +1,7 @@
 """What quantizing costs a model: perplexity, and distance from full precision, side by side on the same text."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class EvaluationReport:
     """Rows on the same windows of one text; tokens is how many were scored for each row.
 
     differences: for each row, its perplexity less the float row's, with a standard error that takes the windows
-    as pairs; None where there is no float row.
+    as pairs; None where there is no float row. notes: what was left out, and why.
     """
 
     model: str
@@ -65,9 +66,10 @@ class EvaluationReport:
     tokens: int
     rows: tuple[EvaluationRow, ...]
     differences: tuple[Estimate | None, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values, `differences` left out."""
+        """The report as JSON values, `differences` and `notes` left out."""
         return {
             "model": self.model,
             "text": {"name": self.text_name, "sha256": self.text_sha256},
@@ -97,6 +99,8 @@ def evaluate(
     Rows: float, then for each of `bits` affine (MLX's own quantization of the same layers), turboquant, and
     turboquant+qjl; `affine` and `qjl` leave theirs out. A model converted already is measured as it is, with its
     own bits; float and affine rows join it where `reference`, the float model that it was made from, is given.
+    Layers whose width the recipe does not fit are kept in all rows, as `convert` does with keep_unfitting; the
+    report's notes name them.
 
     text is cut into num_samples windows of seq_len tokens, fewer where it ends before. Each window runs through
     all variants in turn, so memory holds all quantized forms of the layers at once. Raises a TurboQuantError that
@@ -125,7 +129,8 @@ def compare_recipes(
     All quantize the layers that the first one does.
     """
     cut = windows(load_tokenizer(source), text, seq_len, num_samples)
-    return _report(source.name, text, cut, *_of_float(source, recipes, cut, progress))
+    config = recipes[0].config if recipes else QuantConfig()
+    return _report(source.name, text, cut, *_of_float(source, config, recipes, cut, progress))
 
 
 def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool) -> list[Recipe]:
@@ -141,17 +146,32 @@ def float_recipes(bits: Sequence[int], group_size: int, affine: bool, qjl: bool)
 
 
 def _of_float(
-    source: Source, recipes: Sequence[Recipe], cut: NDArray[np.int32], progress: Progress, others: int = 0
-) -> tuple[list[Variant], Steps]:
-    """The float variant and one of each recipe; the steps have room for the windows of `others` more."""
-    config = recipes[0].config if recipes else QuantConfig()
+    source: Source,
+    config: QuantConfig,
+    recipes: Sequence[Recipe],
+    cut: NDArray[np.int32],
+    progress: Progress,
+    others: int = 0,
+) -> tuple[list[Variant], Steps, list[str]]:
+    """The float model and what each recipe makes of the layers that `config` quantizes, and notes.
+
+    The steps have room for the windows of `others` more.
+    """
     model = load_source(source, fuse=False, dequantize=True)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
     policy = Policy(config, str(source.config["model_type"]), adapter.layer_count(model))
     full = FloatModel(model, _float_bytes(source), policy)
     steps = Steps(progress, len(recipes) * len(full) + (1 + len(recipes) + others) * len(cut))
     made = [full.quantized(r, lambda label=r.label: steps.add(f"quantizing: {label}")) for r in recipes]
-    return [full.variant(), *made], steps
+    return [full.variant(), *made], steps, _kept(full.unfitting)
+
+
+def _kept(unfitting: Mapping[str, str]) -> list[str]:
+    """A note for each reason why layers were kept."""
+    return [
+        f"every row keeps {count} layers as they came, as keep_unfitting does in a conversion: {reason}"
+        for reason, count in Counter(unfitting.values()).items()
+    ]
 
 
 def _float_bytes(source: Source) -> int:
@@ -164,17 +184,19 @@ def _float_bytes(source: Source) -> int:
 
 def _of_converted(
     source: Source, origin: Source | None, affine: bool, cut: NDArray[np.int32], progress: Progress
-) -> tuple[list[Variant], Steps]:
+) -> tuple[list[Variant], Steps, list[str]]:
     model = load_source(source, fuse=False)
     check_context(model, cut.shape[1], "a window of seq_len", "choose a shorter seq_len")
     own, recipe = converted(model, source)
     if origin is None:
-        return [own], Steps(progress, len(cut))
+        return [own], Steps(progress, len(cut)), []
     if is_converted(origin.config):
         raise InputError(f"the reference {origin.name!r} is converted itself; give the float model it was made from")
     recipes = [Recipe("affine", recipe)] if affine and recipe.group_size else []
-    variants, steps = _of_float(origin, recipes, cut, progress, others=1)
-    return [*variants, own], steps
+    variants, steps, notes = _of_float(origin, recipe, recipes, cut, progress, others=1)
+    if affine and not recipe.group_size:
+        notes.append("no affine row: MLX's affine quantization has no groups of one scale a row, as this model has")
+    return [*variants, own], steps, notes
 
 
 def _run(
@@ -203,6 +225,7 @@ def _report(
     cut: NDArray[np.int32],
     variants: list[Variant],
     steps: Steps,
+    notes: Sequence[str],
 ) -> EvaluationReport:
     scores, paths = _run(variants, cut, steps)
     count, length = cut.shape
@@ -210,7 +233,7 @@ def _report(
     has_float = variants[0].method == "float"
     differences = tuple(difference(s, scores[0]) if has_float else None for s in scores)
     tokens = count * (length - 1)
-    return EvaluationReport(model, text.name, text.sha256, length, count, tokens, rows, differences)
+    return EvaluationReport(model, text.name, text.sha256, length, count, tokens, rows, differences, tuple(notes))
 
 
 def _row(variant: Variant, scores: list[Score], path: tuple[str, str]) -> EvaluationRow:

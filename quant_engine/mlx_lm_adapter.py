@@ -21,6 +21,7 @@ import metal_kernels
 from quant_engine.errors import CorruptCheckpointError, UnsupportedModelError
 from quant_engine.mlx_lm_config import readable
 from quant_engine.rebinding import rebound, rebound_class
+from quant_engine.tokenizer_files import require_tokenizer
 from quant_engine.yarn import frequencies
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -194,15 +195,19 @@ def set_parameters(model: nn.Module, named: Mapping[str, mx.array]) -> None:
 
 
 def tokenizer(path: Path, eos_token_ids: Any = None, settings: Mapping[str, Any] | None = None) -> Any:
-    """mlx-lm's tokenizer wrapper of a folder; settings replace those of the folder, `chat_template` for one."""
-    return load_tokenizer(path, dict(settings or {}), eos_token_ids=eos_token_ids)
+    """mlx-lm's tokenizer wrapper of a folder; settings replace those of the folder, `chat_template` for one.
+
+    Raises SourceError where there is none, CorruptCheckpointError where it cannot be read.
+    """
+    require_tokenizer(path)
+    try:
+        return load_tokenizer(path, dict(settings or {}), eos_token_ids=eos_token_ids)
+    except Exception as error:  # whatever a broken file makes transformers raise
+        raise CorruptCheckpointError(f"the tokenizer of {path} cannot be read: {error!r}; download it anew") from error
 
 
 def linear_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
-    """Modules of exactly the given kinds by their dotted path, in the model's order.
-
-    A model's own kind of one of them may do something else with its weight.
-    """
+    """Modules of exactly these kinds, since a subclass may use its weight otherwise, by path in the model's order."""
     named = cast(list[tuple[str, nn.Module]], model.named_modules())
     return {path: module for path, module in reversed(named) if type(module) in kinds}
 

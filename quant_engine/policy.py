@@ -1,9 +1,12 @@
 """What is quantized at what width, and why the rest is kept as it came."""
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+from quant_engine.architecture import Architecture
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
 from quant_engine.quantizer import check_width
@@ -25,11 +28,15 @@ FULL_ATTENTION = {"gpt_oss": "attention, which gpt-oss keeps in full precision t
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a module's weight is quantized, at how many bits (0: not), and the reason where it is not."""
+    """Whether a module's weight is quantized, at how many bits (0: not), and the reason where it is not.
+
+    fits: False where the recipe would quantize it, and its groups or rotation do not fit the width.
+    """
 
     quantize: bool
     bits: int = 0
     reason: str = ""
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,10 @@ class Policy:
             choose_block(shape[-1], self.config.rotation)
         except RecipeError as error:
             if keep_unfitting:
-                return Decision(False, reason=str(error))
-            raise RecipeError(f"{path}: {error}; or keep such modules in full precision (keep_unfitting)") from error
+                return Decision(False, reason=str(error), fits=False)
+            raise RecipeError(
+                f"{path}: {error}; to convert the rest, keep such modules in full precision (keep_unfitting)"
+            ) from error
         return Decision(True, bits)
 
     def group_size(self, path: str) -> int:
@@ -93,6 +102,51 @@ class Policy:
         found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", path)
         ends = self.config.protect_layers
         return bool(found and ends and not ends <= int(found[1]) < self.layers - ends)
+
+
+def check_wishes(config: QuantConfig, model: Architecture) -> None:
+    """Raise RecipeError for a pattern that matches no layer of a model, and for experts' widths where it has none."""
+    layers = [*model.linear, *model.experts, *model.embeddings]
+    for name in ("skip", "bits_for", "groups_for"):
+        for wish in getattr(config, name):
+            pattern = wish if isinstance(wish, str) else wish[0]
+            if not any(fnmatchcase(path, pattern) for path in layers):
+                raise RecipeError(
+                    f"{name} has the pattern {pattern!r}, which matches no layer of the model; there are "
+                    f"{', '.join(_one_of_each(layers))}, and so on: correct the pattern, or leave it out"
+                )
+    for name in ("expert_bits", "expert_down_bits"):
+        if getattr(config, name) and not model.experts:
+            raise RecipeError(
+                f"{name} is {getattr(config, name)} and the model has no experts; leave it out (mlp_bits is for "
+                "feed-forward layers)"
+            )
+
+
+def check_effect(config: QuantConfig, quantized: Collection[str], excluded: Mapping[str, str]) -> None:
+    """Raise RecipeError where a recipe quantizes no module of a model; excluded: why each is kept."""
+    if quantized:
+        return
+    wishes = {name: value for name, value in config.to_dict().items() if _leaves_whole(name, value)}
+    said = " and ".join(f"{name} = {value}" for name, value in wishes.items())
+    reasons = "; ".join(list(dict.fromkeys(excluded.values()))[:6])
+    advice = f"change {' or '.join(wishes)}" if wishes else "choose a group_size that fits"
+    raise RecipeError(
+        f"nothing is left to quantize with {said or 'this recipe'}: all modules are kept as they came ({reasons}); "
+        f"{advice}, or use the model as it is, without converting it"
+    )
+
+
+def _leaves_whole(name: str, value: Any) -> bool:
+    """Whether a setting of a recipe leaves modules as they came."""
+    if name == "bits_for":
+        return any(bits == WHOLE for _, bits in value)
+    return bool(value) if name in ("skip", "protect_layers") else name.endswith("_bits") and value == WHOLE
+
+
+def _one_of_each(paths: Iterable[str]) -> list[str]:
+    """The first path that ends in each name, as examples."""
+    return list({path.rpartition(".")[2]: path for path in reversed(list(paths))}.values())[::-1]
 
 
 def _last_wish(wishes: tuple[tuple[str, int], ...], path: str, usual: int) -> int:

@@ -13,13 +13,16 @@ from quant_engine.errors import InputError
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
+COLDEST = 1e-30
+"""Of temperatures: dividing by less can leave float32's range, and already this one leaves no choice."""
+
 _PENALTY_TOKENS = 20
 """How far back a repetition is penalized, as mlx-lm does by default."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely token; above it, top_p, top_k (0: all) and min_p narrow the choice.
+    """temperature 0, or below COLDEST, takes the most likely token; above, top_p, top_k (0: all) and min_p narrow it.
 
     repetition_penalty above 1 makes the last 20 tokens less likely; None leaves them. seed makes a run
     repeatable by seeding MLX's global generator. Raises InputError for values outside these.
@@ -45,11 +48,11 @@ class Sampling:
         """From logits (1, vocabulary) to a token (1,); seeds the generator with a seed given."""
         if self.seed is not None:
             mx.random.seed(self.seed)
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return partial(mx.argmax, axis=-1)
         top_k = self.top_k if self.top_k < vocabulary else 0
         choose = make_sampler(temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k)
-        return lambda logits: choose(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return lambda logits: choose((logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32))
 
     def processors(self, earlier: Sequence[int]) -> list[LogitsProcessor]:
         """What changes the logits first; `earlier` tokens are those that generation will not see itself."""

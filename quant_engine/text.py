@@ -42,6 +42,11 @@ DATA_SETS: Mapping[str, DataSet] = {
 }
 
 
+_CHOICES = (
+    f"give the path of a UTF-8 text file, or one of the data sets {', '.join(DATA_SETS)}, or leave the argument out"
+)
+
+
 def load_text(source: str | Path | None = None) -> Text:
     """The text of a UTF-8 file, of a data set named in `DATA_SETS`, or, for None, the built-in one.
 
@@ -52,6 +57,8 @@ def load_text(source: str | Path | None = None) -> Text:
     """
     if source is None:
         return built_in()
+    if not str(source):
+        raise InputError(f"the name of the text is empty; {_CHOICES}")
     path = Path(source)
     if not path.exists() and str(source) in DATA_SETS:
         return _download(str(source))
@@ -68,10 +75,7 @@ def _read(path: Path) -> Text:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"text {str(path)!r} cannot be read ({error.strerror or error}); give a UTF-8 text file, one of "
-            f"the data sets {', '.join(DATA_SETS)}, or nothing for the built-in text"
-        ) from error
+        raise InputError(f"text {str(path)!r} cannot be read ({error.strerror or error}); {_CHOICES}") from error
     return Text.of(path.name, _decode(content, str(path)))
 
 

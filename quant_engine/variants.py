@@ -69,19 +69,24 @@ class Recipe:
 class FloatModel:
     """A model in full precision whose linear layers can be replaced; load it with `fuse=False`.
 
-    `size_bytes` is the size of its files' tensors. The layers are those that the policy quantizes. Raises
-    RecipeError where there is none.
+    `size_bytes` is the size of its files' tensors. The layers are those that the policy quantizes; `unfitting` are
+    those that it would, with the reason why they cannot be: every variant keeps them. Raises RecipeError where no
+    layer is left.
     """
 
     def __init__(self, model: nn.Module, size_bytes: int, policy: Policy) -> None:
         self._model, self._size_bytes, self._policy = model, size_bytes, policy
-        self._layers = {
-            path: layer
-            for path, layer in layers_of(model).items()
-            if policy.decide(path, weight_of(layer).shape).quantize
+        layers = layers_of(model)
+        decided = {
+            path: policy.decide(path, weight_of(layer).shape, keep_unfitting=True) for path, layer in layers.items()
         }
+        self._layers = {path: layers[path] for path, decision in decided.items() if decision.quantize}
+        self.unfitting = {path: decision.reason for path, decision in decided.items() if not decision.fits}
         if not self._layers:
-            raise RecipeError("the policy quantizes no layer of this model, so there is nothing to compare")
+            why = "; ".join(dict.fromkeys(self.unfitting.values()))
+            raise RecipeError(
+                f"the policy quantizes no layer of this model, so there is nothing to compare{why and f' ({why})'}"
+            )
         self._weights = sum(weight_of(layer).size for layer in self._layers.values())
         self._weight_bytes = sum(weight_of(layer).nbytes for layer in self._layers.values())
 
@@ -151,7 +156,10 @@ def is_converted(config: Mapping[str, Any]) -> bool:
 
 
 def converted(model: nn.Module, source: Source) -> tuple[Variant, QuantConfig]:
-    """A converted model as it is, loaded with `fuse=False`, and the recipe that it was made by."""
+    """A converted model as it is, loaded with `fuse=False`, and the recipe that it was made by.
+
+    Raises RecipeError where no layer is quantized.
+    """
     manifest = Manifest.from_config(source.config)
     if manifest is not None:
         recipe = manifest.config
@@ -163,6 +171,8 @@ def converted(model: nn.Module, source: Source) -> tuple[Variant, QuantConfig]:
         shapes = {path: cast(TurboQuantLinear | ExpertsLinear, layer).shape for path, layer in layers.items()}
         packed = {f"{path}.{part}" for path in layers for part in turboquant_mlx.PARTS}
         stored = sum(info.nbytes for name, info in source.tensors.items() if name in packed)
+    if not shapes:
+        raise RecipeError(f"{source.name} has no quantized layer, so there is nothing to measure; convert it anew")
     method: Method = "turboquant+qjl" if recipe.use_qjl else "turboquant"
     bits = 8 * stored / sum(map(math.prod, shapes.values()))
     return Variant(method, recipe.bits, recipe.group_size, bits, source.size_bytes, model, {}), recipe

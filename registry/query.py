@@ -126,14 +126,22 @@ def _value(name: str, kind: Kind, raw: str) -> Value:
         if kind == "number":
             return int(raw) if re.fullmatch(r"[+-]?\d{1,18}", raw) else _finite(raw)
         if kind == "date":
-            date = datetime.fromisoformat(raw)
-            return date.replace(tzinfo=UTC) if date.tzinfo is None else date
+            return _date(raw)
         if kind == "flag":
             return {"true": True, "false": False}[raw.lower()]
     except (ValueError, KeyError) as error:
         forms = {"number": "a number", "date": "a date such as 2026-01-31", "flag": "true or false"}
         raise RegistryError(f"{raw!r} is not a value for {name}: give {forms[kind]}.") from error
     return raw
+
+
+def _date(raw: str) -> datetime:
+    """A date in UTC, which it is where it names no time zone."""
+    date = datetime.fromisoformat(raw)
+    try:
+        return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(raw) from error
 
 
 def _finite(raw: str) -> float:
@@ -190,7 +198,7 @@ class Listing:
         try:
             *identity, value, model_id = json.loads(base64.urlsafe_b64decode(self.cursor or ""))
             if FIELDS[self.sort.removeprefix("-")].kind == "date":
-                value = datetime.fromisoformat(value)
+                value = _date(value)
             good = identity == self._identity() and isinstance(model_id, int)
         except (ValueError, TypeError):
             good, value, model_id = False, None, 0

@@ -21,6 +21,7 @@ from quant_engine.progress import Progress, silent
 from quant_engine.sampling import Sampling
 from quant_engine.source import Source, resolve
 from quant_engine.text import load_text
+from quant_engine.tokenizer_files import require_tokenizer
 from registry import Model, Registry, open_registry, overlap
 from tq_mcp import hub, records, schemas
 from tq_mcp.loaded_model import LoadedModel
@@ -73,6 +74,7 @@ class Services:
                 "or leave target_text out"
             )
         origin = locate(self._registry, model, revision)
+        _require_tokenizer(origin)
         if target_bpw is not None:
             text = None if target_text is None else load_text(target_text)
             self._loaded.forget()
@@ -208,7 +210,7 @@ class Services:
         if found.model:
             compared = found.model.source if original else None
             self._registry.add_evaluation(found.model.name, *records.evaluation_records(report, compared))
-        return records.evaluation(found.name, report, notes)
+        return records.evaluation(found.name, report, [*notes, *report.notes])
 
     def compare_kv_cache(
         self,
@@ -248,6 +250,7 @@ class Services:
     ) -> schemas.Plan:
         """What converting would give, from headers only."""
         origin = locate(self._registry, model, revision)
+        _require_tokenizer(origin)
         found = plan_sizes(
             origin.ref,
             bits=bits,
@@ -382,6 +385,12 @@ def cache_configs(
         pair = CacheConfig(k_bits or default.k_bits, v_bits or default.v_bits, group_size)
         return [*equal, pair]
     return equal or [CacheConfig(c.k_bits, c.v_bits, group_size) for c in DEFAULT_CACHES]
+
+
+def _require_tokenizer(origin: Located) -> None:
+    """Raise SourceError for a model's folder without a tokenizer; a repository shows it when it is loaded."""
+    if isinstance(origin.ref, Path):
+        require_tokenizer(resolve(origin.ref).path)
 
 
 def _unchanged(origin: Source, model: Model) -> bool:

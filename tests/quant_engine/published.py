@@ -45,6 +45,7 @@ def write_published(name: str, folder: Path) -> Path:
     stored = outline(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored["config"]))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "tokenizer_config.json").write_text("{}")
     weight_map: dict[str, str] = {}
     for file, tensors in stored["files"].items():

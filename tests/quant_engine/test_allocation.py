@@ -200,3 +200,13 @@ def test_writing_is_the_same_for_a_seed_and_differs_between_windows(demo_model: 
     assert np.array_equal(first, allocation.write_text(model))
     assert first.shape == (allocation.WINDOWS, allocation.WINDOW_TOKENS)
     assert len({tuple(window) for window in first}) == len(first)
+
+
+def test_a_text_that_is_too_short_is_refused_without_advice_about_its_windows(demo_model: Path) -> None:
+    with pytest.raises(InputError, match=r"one window needs 128; give a longer text$"):
+        allocate(resolve(demo_model), QuantConfig(), 3, text=Text.of("short", "A few words."))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="bits_for has the pattern 'zzz'"):
+        Budget.of(resolve(write_model(tmp_path)), QuantConfig(bits_for=(("zzz", 3),)))

@@ -312,6 +312,21 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_cleans_up(tmp_path
     assert _listing(tmp_path) == ["in", "out"]
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (QuantConfig(protect_layers=1000), "nothing is left to quantize with protect_layers"),
+        (QuantConfig(skip=("nomatch.*",)), "skip has the pattern 'nomatch"),
+    ],
+)
+def test_a_recipe_that_does_nothing_is_refused_before_anything_is_written(
+    tmp_path: Path, config: QuantConfig, words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        convert(write_model(tmp_path / "in"), tmp_path / "out", config=config)
+    assert _listing(tmp_path) == ["in"]
+
+
 FULL = """
 import resource, signal, sys
 from quant_engine.convert import convert

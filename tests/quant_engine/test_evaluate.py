@@ -1,6 +1,7 @@
 """Evaluation on real trained models: agreement with transformers, order, sizes, and what is refused."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quant_engine.loader import load_source
 from quant_engine.progress import Progress, silent
 from quant_engine.source import resolve
 from quant_engine.text import Text, load_text
+from tests.quant_engine.checkpoints import write_model
 
 WINDOWS = {"seq_len": 96, "num_samples": 3}
 
@@ -214,3 +216,37 @@ def test_one_scale_a_row_has_no_affine_counterpart() -> None:
     with pytest.raises(RecipeError, match="no group size 0; choose 32, 64 or 128, or turn affine off"):
         float_recipes((3,), 0, affine=True, qjl=False)
     assert [r.method for r in float_recipes((3, 3), 0, affine=False, qjl=False)] == ["turboquant"]
+
+
+WORDS = Text.of("letters", "abcdefgh" * 40)
+
+
+@pytest.fixture
+def unfitting(tmp_path: Path, demo_model: Path) -> Path:
+    """A float model whose down projections no group size fits."""
+    folder = write_model(tmp_path / "in", intermediate_size=172, vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_model / name, folder / name)
+    return folder
+
+
+def test_layers_that_do_not_fit_are_kept_in_every_row_and_a_note_says_so(unfitting: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"text": WORDS, "seq_len": 16, "num_samples": 1}
+    measured = evaluate(unfitting, bits=(4,), qjl=False, **small)
+    assert [row.method for row in measured.rows] == ["float", "affine", "turboquant"]
+    assert measured.notes == (
+        "every row keeps 2 layers as they came, as keep_unfitting does in a conversion: a width of 172 is not a "
+        "multiple of 32, so no group size fits",
+    )
+    convert(unfitting, tmp_path / "out", config=QuantConfig(bits=4), keep_unfitting=True)
+    compared = evaluate(tmp_path / "out", reference=unfitting, **small)
+    assert [row.method for row in compared.rows] == ["float", "affine", "turboquant"]
+    assert compared.notes == measured.notes
+    assert compared.rows[2].ppl == pytest.approx(measured.rows[2].ppl, rel=1e-3)
+
+
+def test_a_model_of_one_scale_a_row_has_no_affine_row_and_a_note_says_so(demo_model: Path, tmp_path: Path) -> None:
+    convert(demo_model, tmp_path / "out", config=QuantConfig(bits=4, group_size=0))
+    compared = evaluate(tmp_path / "out", reference=demo_model, text=WORDS, seq_len=16, num_samples=1)
+    assert [row.method for row in compared.rows] == ["float", "turboquant"]
+    assert len(compared.notes) == 1 and "no affine row: MLX's affine quantization" in compared.notes[0]

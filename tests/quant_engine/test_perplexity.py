@@ -38,7 +38,7 @@ def test_a_short_text_gives_the_windows_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("seq_len", "num_samples", "words"),
     [
-        (12, 4, "'letters' has 11 tokens and one window of seq_len 12 needs 12; .* at most 11"),
+        (12, 4, "'letters' has 11 tokens and one window needs 12; give a longer text, or a seq_len of at most 11"),
         (1, 4, "seq_len is 1; .* at least 2"),
         (4, 0, "num_samples is 0; at least 1"),
     ],
@@ -46,6 +46,11 @@ def test_a_short_text_gives_the_windows_that_it_has() -> None:
 def test_lengths_that_cannot_be_are_refused(seq_len: int, num_samples: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
         windows(Letters(), TEXT, seq_len, num_samples)
+
+
+def test_a_length_that_is_not_the_users_is_not_advised_about() -> None:
+    with pytest.raises(InputError, match=r"one window needs 12; give a longer text$"):
+        windows(Letters(), TEXT, 12, 4, own_length=False)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
@@ -79,3 +84,11 @@ def test_nothing_differs_from_itself() -> None:
     same: Any = scores(1.0, 2.0)
     estimate = difference(same, same)
     assert (estimate.value, estimate.stderr) == (0.0, 0.0)
+
+
+def test_a_loss_beyond_any_perplexity_is_refused() -> None:
+    assert math.isfinite(perplexity(scores(690.0, 700.0)).stderr or math.nan)
+    with pytest.raises(InputError, match="mean loss is 800 nats a token, too much for a perplexity"):
+        perplexity(scores(800.0))
+    with pytest.raises(InputError, match="mean loss is 800 nats"):
+        difference(scores(800.0), scores(1.0))

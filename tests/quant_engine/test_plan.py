@@ -45,10 +45,12 @@ def test_sizes_are_exactly_those_of_the_conversion(tmp_path: Path, group_size: i
 
 
 TIED = ("cohere2", "gemma2", "gemma3_text", "lfm2", "qwen2")
-WIDTHS = {"attn_bits": 4, "mlp_bits": 2, "expert_bits": 2, "expert_down_bits": 3, "embed_bits": 4, "head_bits": 3}
+WIDTHS = {"attn_bits": 4, "mlp_bits": 2, "embed_bits": 4, "head_bits": 3}
+EXPERT_WIDTHS = {**WIDTHS, "expert_bits": 2, "expert_down_bits": 3}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NAMES),
-    *((name, {"widths": WIDTHS}) for name in ("llama", *TIED, "qwen3_moe", "gpt_oss", "mixtral", "qwen3_5_moe")),
+    *((name, {"widths": WIDTHS}) for name in ("llama", *TIED)),
+    *((name, {"widths": EXPERT_WIDTHS}) for name in ("qwen3_moe", "gpt_oss", "mixtral", "qwen3_5_moe")),
     *((name, {"use_qjl": True}) for name in ("llama", "gemma2", "qwen2", "phi3")),
     *((name, {"fold_rotation": True}) for name in ("llama", "mistral", "qwen2", "qwen3")),
     ("qwen2", {"fold_rotation": True, "use_qjl": True, "widths": WIDTHS}),
@@ -215,3 +217,15 @@ def test_experts_that_are_stacked_take_memory_to_convert(tmp_path: Path) -> None
 )
 def test_layers_without_keys_and_values_take_no_cache(config: dict[str, Any], layers: tuple[int, int]) -> None:
     assert plan_module.attention_layers(config) == layers
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"protect_layers": 1000}, "nothing is left to quantize with protect_layers"),
+        ({"skip": ["zzz"]}, "skip has the pattern"),
+    ],
+)
+def test_a_recipe_that_does_nothing_is_refused(tmp_path: Path, widths: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(write_model(tmp_path), widths=widths)

@@ -1,10 +1,12 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from quant_engine.architecture import Architecture
 from quant_engine.config import QuantConfig
 from quant_engine.errors import RecipeError
-from quant_engine.policy import Decision, Policy
+from quant_engine.policy import Decision, Policy, check_effect, check_wishes
 
 CONFIG = QuantConfig(bits=2)
 
@@ -122,3 +124,47 @@ def test_gpt_oss_keeps_attention_unless_asked() -> None:
 def test_widths_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         QuantConfig(**settings)
+
+
+MODEL = Architecture({}, 2, ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"), (), ("embed",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits_for": [("*", 3), ("zzz", 3)]}, r"bits_for has the pattern 'zzz', .* there are model\.layers\.0\.mlp\."),
+        ({"groups_for": [("zzz", 32)]}, "groups_for has the pattern 'zzz'"),
+        ({"skip": ["nomatch.*"]}, r"skip has the pattern 'nomatch\.\*', which matches .*up_proj, lm_head, embed,"),
+        ({"expert_bits": 2}, "expert_bits is 2 and the model has no experts"),
+        ({"expert_down_bits": 16}, "expert_down_bits is 16 and the model has no experts"),
+    ],
+)  # fmt: skip
+def test_a_wish_about_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_wishes(QuantConfig(**settings), MODEL)
+
+
+def test_a_wish_about_something_is_granted() -> None:
+    check_wishes(QuantConfig(skip=("lm_*",), bits_for=(("*.up_proj", 3),), groups_for=(("embed", 32),)), MODEL)
+    check_wishes(QuantConfig(expert_bits=2), replace(MODEL, experts=("model.layers.0.mlp.switch_mlp.up_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"protect_layers": 1000},
+            r"^nothing is left to quantize with protect_layers = 1000: .* \(why\); change protect_layers, or use",
+        ),
+        (
+            {"skip": ["*"], "attn_bits": 16},
+            r"with attn_bits = 16 and skip = \['\*'\]: .*; change attn_bits or skip, or",
+        ),
+        ({"bits_for": [("*", 16)]}, "with bits_for = "),
+        ({}, r"with this recipe: .* \(why\); choose a group_size that fits"),
+    ],
+)
+def test_a_recipe_without_effect_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_effect(QuantConfig(**settings), {}, {"a": "why", "b": "why"})
+    check_effect(QuantConfig(**settings), {"a": 1}, {"b": "why"})

@@ -23,6 +23,14 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     assert drawn(Sampling(), 5) == {0: 5}
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-38, 1e-31, 1e-29, 1e-10])
+def test_a_temperature_near_zero_takes_the_most_likely_too(temperature: float, dtype: mx.Dtype) -> None:
+    sampler = Sampling(temperature=temperature).sampler(1000)
+    logits = mx.zeros((1, 1000), dtype).at[0, 7].add(0.1)
+    assert {int(sampler(logits).item()) for _ in range(5)} == {7}
+
+
 def test_a_seed_repeats_a_run_and_another_does_not() -> None:
     def run(seed: int) -> list[Any]:
         sampler = Sampling(temperature=1.0, seed=seed).sampler(4)

@@ -47,6 +47,11 @@ def test_an_unusable_file_is_refused_in_words(content: bytes | None, words: list
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_an_empty_name_is_not_taken_for_a_folder() -> None:
+    with pytest.raises(InputError, match="the name of the text is empty; give the path of a UTF-8 text file, or"):
+        load_text("")
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="directory"):
         load_text(tmp_path)

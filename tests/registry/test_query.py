@@ -86,6 +86,7 @@ def names(registry: Registry, *filters: str, sort: str = "created_at") -> list[s
         (["tag!=small", "bits=2"], []),
         (["created_at>=2026-11-04"], ["qwen-2", "plain"]),
         (["created_at<2026-11-01T13:00:00+02:00"], []),
+        (["created_at=2026-11-01T14:00:00+02:00"], ["llama-4"]),
         (["external=false", "bits=4"], ["llama-4"]),
         (["external=TRUE"], []),
         (["bits_per_weight<3.25e0"], []),
@@ -114,6 +115,8 @@ def test_filters_keep_what_they_say(five: Registry, filters: list[str], expected
         ("bits<=1_0", "give a number"),
         ("bits==3", "give a number"),
         ("created_at>yesterday", "give a date"),
+        ("created_at>=0001-01-01T00:00:00+14:00", "give a date"),
+        ("created_at<9999-12-31T23:59:59-14:00", "give a date"),
         ("external=maybe", "give true or false"),
     ],
 )

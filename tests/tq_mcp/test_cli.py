@@ -65,6 +65,15 @@ class TestHelp:
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
         parser.build_parser().parse_args(words)
 
+    @pytest.mark.parametrize("command", ["generate", "compare-kv"])
+    def test_each_of_a_caches_widths_says_what_it_is_where_only_the_other_is_given(
+        self, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "8 where --v-bits is given" in shown and "4 where --k-bits is given" in shown
+
     def test_help_imports_nothing_heavy(self) -> None:
         code = (
             "import sys\nfrom tq_mcp.cli import main\n"

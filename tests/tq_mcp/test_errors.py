@@ -13,6 +13,8 @@ from tq_mcp.errors import EXPECTED, describe, explain
         (UnsafeModelError("asks for code"), "plan_conversion"),
         (RegistryError("There is no model 'x'."), "list_models"),
         (InputError("the prompt is empty"), "same tool"),
+        (OSError(28, "No space left on device"), "same tool"),
+        (ZeroDivisionError("division by zero"), "stderr"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -20,6 +22,11 @@ def test_an_agent_is_told_what_to_call_next(error: Exception, tool: str) -> None
     text = explain(error)
     assert str(error)[1:] in text
     assert tool in text.partition("Next:")[2]
+
+
+def test_a_failure_that_nobody_expected_says_its_type() -> None:
+    assert describe(KeyError("x")) == "It failed: KeyError: 'x'."
+    assert describe(MemoryError("0 bytes")) == "The machine refused: MemoryError: 0 bytes."
 
 
 def test_every_expected_failure_reads_as_a_sentence() -> None:

@@ -1,5 +1,6 @@
 """The server as clients of both protocol eras meet it, in memory."""
 
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from mcp import Client
 
 import tq_mcp.services
 import tq_mcp.worker
+from quant_engine.config import CacheConfig
 from quant_engine.errors import RecipeError
 from tests.tq_mcp.conftest import NAME, error, structured
 from tq_mcp import schemas
@@ -69,6 +71,14 @@ class TestDescriptions:
     async def test_the_instructions_name_every_tool(self, client: Client) -> None:
         assert client.instructions == INSTRUCTIONS
         assert [name for name in TOOLS if name not in INSTRUCTIONS] == []
+
+    @pytest.mark.parametrize("tool", ["generate", "compare_kv_cache"])
+    async def test_each_of_a_caches_widths_says_what_it_is_where_only_the_other_is_given(
+        self, client: Client, tool: str
+    ) -> None:
+        schema = next(t.input_schema for t in (await client.list_tools()).tools if t.name == tool)["properties"]
+        assert f"{CacheConfig().k_bits} where v_bits is given" in schema["k_bits"]["description"]
+        assert f"{CacheConfig().v_bits} where k_bits is given" in schema["v_bits"]["description"]
 
     async def test_generated_text_is_marked_untrusted(self, client: Client) -> None:
         tools = {tool.name: tool.description or "" for tool in (await client.list_tools()).tools}
@@ -165,6 +175,37 @@ class TestErrors:
         monkeypatch.setattr(tq_mcp.services, "convert", full)
         words = await error(client, "convert_model", model=str(demo_model), name="full")
         assert "No space left on device" in words
+
+    @pytest.mark.parametrize(
+        ("tool", "arguments"), [("plan_conversion", {"model": "x/y"}), ("get_model", {"name": NAME})]
+    )
+    async def test_a_failure_that_nobody_expected_is_told_and_its_traceback_logged(
+        self,
+        client: Client,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        tool: str,
+        arguments: dict[str, Any],
+    ) -> None:
+        def crash(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError("division by zero")
+
+        for method in ("plan", "get_model"):
+            monkeypatch.setattr(tq_mcp.services.Services, method, crash)
+        words = await error(client, tool, **arguments)
+        assert "It failed: ZeroDivisionError: division by zero. Next: " in words
+        assert any(record.exc_info for record in caplog.records)
+
+    async def test_a_folder_without_a_tokenizer_is_refused_by_name(
+        self, client: Client, demo_model: Path, tmp_path: Path
+    ) -> None:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(demo_model / name, tmp_path / name)
+        prompt = {"prompt": PROMPT}
+        tools = {"plan_conversion": {}, "convert_model": {}, "evaluate_ppl": {}, "generate": prompt}
+        for tool, arguments in (tools | {"compare_kv_cache": prompt}).items():
+            words = await error(client, tool, model=str(tmp_path), **arguments)
+            assert f"{tmp_path} has no tokenizer (none of tokenizer.json, " in words, tool
 
     async def test_what_a_file_smuggles_into_an_error_is_cleaned(
         self, client: Client, demo_model: Path, monkeypatch: pytest.MonkeyPatch

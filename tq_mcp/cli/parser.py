@@ -184,8 +184,7 @@ def _add_generate(commands: Commands) -> None:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, help="above 1 repeats less")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--k-bits", type=int, choices=CACHE_BITS, help="compress keys of the cache")
-    parser.add_argument("--v-bits", type=int, choices=CACHE_BITS, help="compress values of the cache")
+    _add_cache_bits(parser, "compress {} of the cache (default: full precision, or {} where {} is given)")
     _add_json(parser)
 
 
@@ -225,8 +224,7 @@ def _add_compare(commands: Commands) -> None:
         "--tq-bits", type=int, nargs="+", choices=CACHE_BITS, metavar="{2,3,4,8}",
         help="keys and values alike, one cache each (default: 8/8, 8/4, 4/4, 3/3)",
     )  # fmt: skip
-    parser.add_argument("--k-bits", type=int, choices=CACHE_BITS, help="keys of one more cache")
-    parser.add_argument("--v-bits", type=int, choices=CACHE_BITS, help="values of one more cache")
+    _add_cache_bits(parser, "{} of one more cache (default: {} where {} is given)")
     _add_group_size(parser)
     _add_json(parser)
 
@@ -338,6 +336,12 @@ def _add_widths(parser: argparse.ArgumentParser) -> None:
         "--bits", type=int, nargs="+", choices=WEIGHT_BITS, default=list(WEIGHT_BITS), metavar="{2,3,4}",
         help="one or more widths (default: 2 3 4)",
     )  # fmt: skip
+
+
+def _add_cache_bits(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """purpose: with places for what is compressed, its usual bits and the other option."""
+    parser.add_argument("--k-bits", type=int, choices=CACHE_BITS, help=purpose.format("keys", 8, "--v-bits"))
+    parser.add_argument("--v-bits", type=int, choices=CACHE_BITS, help=purpose.format("values", 4, "--k-bits"))
 
 
 def _add_module_widths(parser: argparse.ArgumentParser) -> None:

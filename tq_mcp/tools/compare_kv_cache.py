@@ -19,8 +19,12 @@ async def compare_kv_cache(
     tq_bits: Annotated[
         list[arguments.CacheBits] | None, Field(description="caches with these bits for keys and values alike")
     ] = None,
-    k_bits: Annotated[arguments.CacheBits | None, Field(description="keys of one more cache, with v_bits")] = None,
-    v_bits: Annotated[arguments.CacheBits | None, Field(description="values of one more cache, with k_bits")] = None,
+    k_bits: Annotated[
+        arguments.CacheBits | None, Field(description="keys of one more cache; default: 8 where v_bits is given")
+    ] = None,
+    v_bits: Annotated[
+        arguments.CacheBits | None, Field(description="values of one more cache; default: 4 where k_bits is given")
+    ] = None,
     group_size: Annotated[arguments.GroupSize, Field(description="numbers of one head that share a scale")] = 64,
     chat: arguments.Chat = None,
 ) -> schemas.CacheComparison:

@@ -27,10 +27,12 @@ async def generate(
     seed: Annotated[int | None, Field(ge=0, description="makes sampling repeatable")] = None,
     chat: arguments.Chat = None,
     k_bits: Annotated[
-        arguments.CacheBits | None, Field(description="compress keys of the cache; default: full precision")
+        arguments.CacheBits | None,
+        Field(description="compress keys of the cache; default: full precision, or 8 where v_bits is given"),
     ] = None,
     v_bits: Annotated[
-        arguments.CacheBits | None, Field(description="compress values of the cache; default: full precision")
+        arguments.CacheBits | None,
+        Field(description="compress values of the cache; default: full precision, or 4 where k_bits is given"),
     ] = None,
 ) -> schemas.Generation:
     """Continue a prompt with a model, converted or not, and measure its speed.
