@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit, prange
 
 from metal_kernels.cpu.attention_tiles import attend_many
-from metal_kernels.cpu.exponential import exp_in_place
+from metal_kernels.cpu.exponential import exp_under_maximum
 from metal_kernels.cpu.tokens import (
     MATH,
     Array,
@@ -140,21 +140,8 @@ def _weigh(scores: Any, first: Any, stops: Any, biased: Any, bias: Any, head: An
             own = bias[head * (rows // per_head) + r // per_head, r % per_head]
             for t in range(seen):
                 row[t] += own[first + t]
-        top = np.float32(-np.inf)
-        for t in range(seen):
-            top = max(top, row[t])
         row[seen:] = np.float32(0.0)
-        state[r, 0], state[r, 1] = top, np.float32(0.0)
-        if top == np.float32(-np.inf):
-            row[:] = np.float32(0.0)
-            continue
-        for t in range(seen):
-            row[t] -= top
-        exp_in_place(row[:seen], scratch[:seen])
-        total = np.float32(0.0)
-        for t in range(seen):
-            total += row[t]
-        state[r, 1] = total
+        state[r, 0], state[r, 1] = exp_under_maximum(row[:seen], np.float32(-np.inf), scratch[:seen])
 
 
 @njit(cache=True, fastmath=MATH, nogil=True)
@@ -266,12 +253,12 @@ def _combine(partial: Any, state: Any, sinks: Any, per_head: Any, out: Any) -> N
                 result[:] = np.float32(0.0)
                 total = np.float32(np.exp(sink - top)) if sink > np.float32(-np.inf) else np.float32(0.0)
                 for c in range(chunks):
-                    if state[b, h, c, r, 1] > 0:
+                    if state[b, h, c, r, 1] != 0:
                         weight = np.float32(np.exp(state[b, h, c, r, 0] - top))
                         total += weight * state[b, h, c, r, 1]
                         sums = partial[b, h, c, r]
                         for d in range(size):
                             result[d] += weight * sums[d]
-                if total > 0:
+                if total != 0:
                     for d in range(size):
                         result[d] /= total

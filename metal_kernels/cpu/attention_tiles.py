@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from metal_kernels.cpu.exponential import exp_in_place
+from metal_kernels.cpu.exponential import exp_under_maximum
 from metal_kernels.cpu.tokens import (
     MATH,
     Array,
@@ -125,19 +125,10 @@ def _weigh(scores: Any, state: Any, out: Any, start: Any, per_head: Any, visible
         if causal:
             seen = min(seen, max(0, visible + (start + i) % per_head))
         before = state[i, 0]
-        top = before
-        for t in range(seen):
-            top = max(top, row[t])
         row[seen:] = np.float32(0.0)
+        top, total = exp_under_maximum(row[:seen], before, np.empty(seen, np.int32))
         if top == np.float32(-np.inf):
-            row[:seen] = np.float32(0.0)
             continue
-        for t in range(seen):
-            row[t] -= top
-        exp_in_place(row[:seen], np.empty(seen, np.int32))
-        total = np.float32(0.0)
-        for t in range(seen):
-            total += row[t]
         kept = np.float32(np.exp(before - top)) if before > np.float32(-np.inf) else np.float32(0.0)
         state[i, 0], state[i, 1] = top, state[i, 1] * kept + total
         if kept != np.float32(1.0):
@@ -148,7 +139,7 @@ def _weigh(scores: Any, state: Any, out: Any, start: Any, per_head: Any, visible
 @njit(cache=True, nogil=True)
 def _normalise(out: Any, state: Any) -> None:
     for i in range(out.shape[0]):
-        if state[i, 1] > 0:
+        if state[i, 1] != 0:
             inverse = np.float32(1.0) / state[i, 1]
             for d in range(out.shape[1]):
                 out[i, d] *= inverse

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from metal_kernels.cpu.tokens import MATH
 
-@njit(cache=True, fastmath={"contract", "arcp", "nsz", "reassoc"}, nogil=True)
+
+@njit(cache=True, fastmath=MATH, nogil=True)
 def exp_in_place(values: Any, scratch: Any) -> None:
     """Replace float32 values by their exponential; below -87 by e^-87, about 1e-38, above 87 by e^87.
 
@@ -27,3 +29,29 @@ def exp_in_place(values: Any, scratch: Any) -> None:
     powers = scratch.view(np.float32)
     for i in range(values.shape[0]):
         values[i] *= powers[i]
+
+
+@njit(cache=True, fastmath=MATH, nogil=True)
+def exp_under_maximum(row: Any, before: Any, scratch: Any) -> Any:
+    """Replace float32 scores by their exponentials under the greatest of them and `before`: (that, their sum).
+
+    Where all are minus infinity they become 0, where one is NaN all become NaN. scratch as for `exp_in_place`.
+    """
+    top, check = before, np.float32(0.0)
+    for t in range(row.shape[0]):
+        top = max(top, row[t])
+    for t in range(row.shape[0]):
+        check += row[t]
+    if check != check:
+        row[:] = np.float32(np.nan)
+        return max(before, np.float32(0.0)), np.float32(np.nan)
+    if top == np.float32(-np.inf):
+        row[:] = np.float32(0.0)
+        return top, np.float32(0.0)
+    for t in range(row.shape[0]):
+        row[t] -= top
+    exp_in_place(row, scratch)
+    total = np.float32(0.0)
+    for t in range(row.shape[0]):
+        total += row[t]
+    return top, total

@@ -13,7 +13,7 @@ from metal_kernels.cpu.streams import decode_bytes, decode_stream
 Array = NDArray[np.float32]
 LOOKUP = available_lookups()[-1]
 MATH = {"contract", "arcp", "nsz", "reassoc"}
-"""What kernels may change of float arithmetic: infinities keep their meaning, which masks need."""
+"""What kernels may change of float arithmetic: infinities keep their meaning, which masks need, and NaN its own."""
 
 
 @dataclass(frozen=True)

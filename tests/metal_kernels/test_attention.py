@@ -183,6 +183,25 @@ def test_packing_loses_what_the_code_does_on_gaussian_keys(backend: str, bits: i
     assert lost.item() == pytest.approx(error, rel=0.05)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_no_number_stays_none(packed: bool, rows: int) -> None:
+    """Damaged weights must show."""
+    q, k, v = _normal(1, 4, rows, 64, seed=1), _normal(1, 2, 600, 64, seed=2), _normal(1, 2, 600, 64, seed=3)
+    with use_backend("cpu"):
+        if packed:
+            q[0, 2, rows - 1, 5] = float("nan")
+            code = _code(4, 64, 64)
+            held = pack_cache(k, code), pack_cache(v, code)
+            found = packed_attention(q, *held, code, code, length=600, scale=0.2, mask="causal")
+        else:
+            k[0, 1, 300, 5] = float("nan")
+            found = attention(q, k, v, scale=0.2)
+    damaged = np.isnan(np.array(found)).any(-1)[0]
+    assert damaged[2 if packed else slice(2, 4), rows - 1].all()
+    assert not damaged[:2].any()
+
+
 def test_half_precision_queries_get_half_precision_back() -> None:
     q = _normal(1, 2, 1, 64).astype(mx.bfloat16)
     assert attention(q, q, q, scale=1.0).dtype == mx.bfloat16
