@@ -19,3 +19,8 @@ def _is_harmless(character: str) -> bool:
         return True
     is_tag = 0xE0000 <= ord(character) <= 0xE007F
     return unicodedata.category(character) not in ("Cc", "Cs") and character not in REORDERING and not is_tag
+
+
+def is_text(given: str) -> bool:
+    """Whether what came from outside was UTF-8: other bytes are surrogates in Python's strings."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in given)

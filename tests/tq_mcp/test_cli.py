@@ -244,6 +244,22 @@ class TestFailures:
             main(line.split())
         assert exit.value.code == 2 and words in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("shell", "code", "words"),
+        [
+            ("printf '\\377\\376' | {} generate --model small --prompt -", 1, "prompt on stdin is not UTF-8"),
+            ("{} generate --model small --prompt - <&-", 1, "Stdin is closed"),
+            ("{} models show $'\\377'", 2, "is not UTF-8"),
+            ("{} models ls >&-", 0, ""),
+            ("{} models ls > /dev/full", 1, "could not be written"),
+            ("PYTHONIOENCODING=ascii {} models ls", 0, ""),
+        ],
+    )
+    def test_no_stream_makes_a_traceback(self, shell: str, code: int, words: str) -> None:
+        command = ["bash", "-c", shell.format(f"{sys.executable} -m tq_mcp")]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == code and words in ended.stderr and "Traceback" not in ended.stderr
+
     @pytest.mark.parametrize("command", ["models ls", "doctor"])
     def test_a_home_that_cannot_be_is_named(
         self, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

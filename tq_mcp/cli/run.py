@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metal_kernels import announce_compilation
+from quant_engine.errors import InputError
 from quant_engine.progress import Progress as Report
 from tq_mcp.cli.output import Show, fail, print_result
 from tq_mcp.errors import EXPECTED, describe
 from tq_mcp.services import Services, open_services
 from tq_mcp.settings import Settings
+from tq_mcp.untrusted import is_text
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -55,5 +57,15 @@ def progress_bar() -> Generator[Report]:
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or all of stdin for "-"."""
-    return sys.stdin.read() if prompt == "-" else prompt
+    """The prompt itself, or all of stdin for "-". Raises InputError where that cannot be read."""
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise InputError("stdin is closed, and the prompt - stands for what comes from there; give the prompt itself")
+    try:
+        read = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on stdin is not UTF-8: {error}") from error
+    if not is_text(read):
+        raise InputError("the prompt on stdin is not UTF-8; convert it first")
+    return read
