@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from quant_engine import blueprint
 from quant_engine import mlx_lm_adapter as adapter
-from quant_engine.architecture import describe
 from quant_engine.blueprint import packed_bytes
 from quant_engine.config import WEIGHT_BITS, QuantConfig
 from quant_engine.errors import RecipeError
@@ -28,7 +27,6 @@ from quant_engine.folded_parameters import parameters_of
 from quant_engine.loader import load_source, load_tokenizer
 from quant_engine.manifest import ModuleEntry
 from quant_engine.perplexity import windows
-from quant_engine.policy import check_wishes
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import dequantize_weight, fitting_groups, quantize_weight
 from quant_engine.score import logits_array, score
@@ -77,7 +75,6 @@ class Budget:
     def of(cls, source: Source, config: QuantConfig, keep_unfitting: bool = False) -> Self:
         """Free are the layers whose width follows from `config.bits` alone. Raises RecipeError where there is none."""
         found = parameters_of(source.config, source.tensors, config)
-        check_wishes(config, describe(source.config))
         drawn, other = (
             blueprint.draw(source.config, found, replace(config, bits=bits), keep_unfitting=keep_unfitting)
             for bits in WEIGHT_BITS[:2]

@@ -10,7 +10,7 @@ from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, RecipeError, UnsupportedModelError
 from quant_engine.manifest import ModuleEntry
 from quant_engine.parameters import Parameter, Parameters
-from quant_engine.policy import Policy
+from quant_engine.policy import Policy, check_wishes
 from quant_engine.safetensors_file import FLOATS, TensorSpec, assign_shards, file_bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -77,11 +77,12 @@ def draw(
     """The blueprint of converting a model, given its config.json and its parameters.
 
     Raises UnsupportedModelError, CorruptCheckpointError where config and tensors contradict each other, and
-    RecipeError where the recipe does not fit the model's widths.
+    RecipeError where the recipe does not fit the model's widths or names layers that it has not.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r}; choose one of {', '.join(DTYPES)}, or none to keep each as it is")
     model = architecture.describe(config)
+    check_wishes(recipe, model)
     model.check(found)
     _check_head(config, found)
     policy = Policy(recipe, str(config["model_type"]), model.layers)

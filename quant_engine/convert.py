@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_engine import blueprint
-from quant_engine.architecture import describe
 from quant_engine.blueprint import Blueprint
 from quant_engine.config import QuantConfig
 from quant_engine.errors import CorruptCheckpointError, OutputError, RecipeError
@@ -29,7 +28,7 @@ from quant_engine.model_card import licence, model_card
 from quant_engine.output_folder import atomic_folder, check_target
 from quant_engine.parameters import Parameters
 from quant_engine.pipeline import Threads, ahead
-from quant_engine.policy import check_effect, check_wishes
+from quant_engine.policy import check_effect
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import QuantizedWeight, chunk_rows, quantize_weight
 from quant_engine.safetensors_file import (
@@ -116,7 +115,6 @@ def convert(
     if target.resolve() == origin.path.resolve():
         raise OutputError(f"{target} is the source itself; choose another output")
     found = parameters_of(origin.config, origin.tensors, recipe)
-    check_wishes(recipe, describe(origin.config))
     drawn = blueprint.draw(
         origin.config,
         found,

@@ -11,11 +11,10 @@ import mlx.core as mx
 import psutil
 
 from quant_engine import blueprint
-from quant_engine.architecture import describe
 from quant_engine.config import QuantConfig
 from quant_engine.errors import InputError
 from quant_engine.folded_parameters import parameters_of
-from quant_engine.policy import check_effect, check_wishes
+from quant_engine.policy import check_effect
 from quant_engine.progress import Progress, silent
 from quant_engine.quantizer import quantize_weight
 from quant_engine.shards import most_fetched, read_order
@@ -122,7 +121,6 @@ def plan(
         for b in sorted(set(bits))
     }
     parameters = parameters_of(found.config, found.tensors, next(iter(recipes.values())))
-    check_wishes(next(iter(recipes.values())), describe(found.config))
     drawn = {
         b: blueprint.draw(found.config, parameters, recipe, keep_unfitting=keep_unfitting)
         for b, recipe in recipes.items()

@@ -277,23 +277,18 @@ def _add_models(commands: Commands) -> None:
     listing.add_argument("--limit", type=int, default=50, help="default: 50")
     listing.add_argument("--cursor", help="next_cursor of the page before")
     _add_json(listing)
-    showing = _command(actions, "show", "models", "Show all about one model.", "tq-mcp models show qwen-3bit")
-    showing.add_argument("name", help="name or alias")
-    _add_json(showing)
-    verifying = _command(
-        actions, "verify", "models", "Hash a model's files again: are they still as they were made?",
-        "tq-mcp models verify qwen-3bit",
-    )  # fmt: skip
-    verifying.add_argument("name", help="name or alias")
-    _add_json(verifying)
-    removing = _command(
-        actions, "rm", "models", "Delete a model's files and take it out of the registry.",
-        "tq-mcp models rm qwen-3bit --yes",
-    )  # fmt: skip
-    removing.add_argument("name", help="name or alias")
+    _of_one_model(actions, "show", "Show all about one model.")
+    _of_one_model(actions, "verify", "Hash a model's files again: are they still as they were made?")
+    removing = _of_one_model(actions, "rm", "Delete a model's files and take it out of the registry.", " --yes")
     removing.add_argument("--yes", action="store_true", help="remove it; without it, only show what would go")
     removing.add_argument("--force", action="store_true", help="also files in its folder that are not the model's")
-    _add_json(removing)
+
+
+def _of_one_model(actions: Commands, name: str, purpose: str, option: str = "") -> argparse.ArgumentParser:
+    parser = _command(actions, name, "models", purpose, f"tq-mcp models {name} qwen-3bit{option}")
+    parser.add_argument("name", help="name or alias")
+    _add_json(parser)
+    return parser
 
 
 def _add_mlx_lm(commands: Commands) -> None:
