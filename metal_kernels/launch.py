@@ -4,12 +4,16 @@ A kernel is a body, a few lines that call into the other files of `source/`, whi
 dialect; `prelude_metal.h` and `prelude_cuda.h` give the dialect each machine's own words.
 """
 
+import atexit
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,11 +21,14 @@ import numpy as np
 from metal_kernels.errors import KernelError
 
 Dialect = Literal["metal", "cuda", "host"]
+Constants = Mapping[str, int | bool | mx.Dtype]
+"""A launch's compile-time values."""
 SOURCE = Path(__file__).resolve().parent / "source"
 NVIDIA_PARTS = re.compile(r"#ifdef NVIDIA_INSTRUCTIONS\n.*?#endif\n", re.S)
 """What Metal would skip."""
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
+_CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,15 @@ class Kernel:
     outputs: tuple[str, ...]
     large_memory: int = 0
 
-    def header(self, dialect: Dialect, threads: int = 1024) -> str:
-        """The dialect's prelude and the kernel's files; CUDA's compiler reads them itself, Metal's cannot.
+    def header(self, dialect: Dialect) -> str:
+        """The dialect's prelude and the kernel's files."""
+        text = _flat((f"prelude_{dialect}.h", *self.sources))
+        return NVIDIA_PARTS.sub("", text) if dialect == "metal" else text
 
-        MLX hashes the text at every launch. On CUDA a threadgroup's `threads` bound the registers of each, or some
-        kernels could not be launched.
-        """
-        names = (f"prelude_{dialect}.h", *self.sources)
-        if dialect == "cuda":
-            return f"#define MOST_THREADS {threads}\n" + "".join(map(_include, names))
-        return NVIDIA_PARTS.sub("", _flat(names)) if dialect == "metal" else _flat(names)
-
-    def body(self, dialect: Dialect) -> str:
-        """What the kernel does, as MLX takes it, which looks for the names of shapes in it."""
-        name = self.name.removeprefix("turboquant_") + ".kernel"
-        text = _flat([name])
-        if dialect == "cuda":
-            shapes = sorted(set(re.findall(r"\w+_shape\b", text)))
-            return f"// {' '.join(shapes)}\n{_include(name)}"
-        return text
+    @property
+    def body(self) -> str:
+        """What the kernel does; MLX looks for the names of shapes in it."""
+        return _flat([self.name.removeprefix("turboquant_") + ".kernel"])
 
     def launch(
         self,
@@ -63,26 +60,22 @@ class Kernel:
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
         groups: tuple[int, int],
         threads: int,
-        constants: Mapping[str, int | bool | mx.Dtype],
+        constants: Constants,
     ) -> list[mx.array]:
-        """Run `groups` threadgroups of `threads`; `outputs` are shapes and dtypes, `constants` compile-time values.
+        """Run `groups` threadgroups of `threads`; `outputs` are shapes and dtypes.
 
         Raises KernelError where MLX has no GPU here.
         """
-        dialect = _dialect()
-        compiled = _compiled(self, dialect, threads if dialect == "cuda" else 0)
+        on_cuda, values = _dialect() == "cuda", tuple(constants.items())
+        compiled = _on_cuda(self, threads, values) if on_cuda else _on_metal(self)
         return compiled(
             inputs=list(inputs),
             output_shapes=[shape for shape, _ in outputs],
             output_dtypes=[dtype for _, dtype in outputs],
             grid=(groups[0] * threads, groups[1], 1),
             threadgroup=(threads, 1, 1),
-            template=list(constants.items()),
+            template=[] if on_cuda else list(values),
         )
-
-
-def _include(name: str) -> str:
-    return f'#include "{SOURCE / name}"\n'
 
 
 def _flat(names: Iterable[str]) -> str:
@@ -151,14 +144,64 @@ def _dialect() -> Dialect:
 
 
 @cache
-def _compiled(kernel: Kernel, dialect: Dialect, threads: int) -> Callable[..., list[mx.array]]:
-    make = cast(Any, mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel)
+def _on_metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    return _made_of(kernel, mx.fast.metal_kernel, kernel.header("metal"), kernel.body)
+
+
+@cache
+def _on_cuda(
+    kernel: Kernel, threads: int, constants: tuple[tuple[str, int | bool | mx.Dtype], ...]
+) -> Callable[..., list[mx.array]]:
+    """A kernel whose text is in two files, all but the names of shapes: MLX hashes its text at every launch.
+
+    A threadgroup's `threads` bound the registers of each, or some kernels could not be launched.
+    """
+    header = _written(f"#define MOST_THREADS {threads}\n{kernel.header('cuda')}")
+    body = _written("\n".join([*definitions(dict(constants), _CUDA_TYPES), kernel.body]))
+    shapes = sorted(set(re.findall(r"\w+_shape\b", kernel.body)))
+    return _made_of(kernel, mx.fast.cuda_kernel, header, "".join(f"// {name}\n" for name in shapes) + body)
+
+
+def _made_of(kernel: Kernel, make: Any, header: str, body: str) -> Callable[..., list[mx.array]]:
     more = {"shared_memory": kernel.large_memory} if kernel.large_memory else {}
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=kernel.body(dialect),
-        header=kernel.header(dialect, threads),
+        source=body,
+        header=header,
         **more,
     )
+
+
+def definitions(constants: Constants, types: Mapping[mx.Dtype, str]) -> list[str]:
+    """Compile-time values in C++; types: the names of dtypes."""
+    lines: list[str] = []
+    for name, value in constants.items():
+        if isinstance(value, mx.Dtype):
+            lines.append(f"using {name} = {types[value]};")
+        else:
+            kind = "bool" if isinstance(value, bool) else "int"
+            lines.append(f"[[maybe_unused]] constexpr {kind} {name} = {str(value).lower()};")
+    return lines
+
+
+@cache
+def _written(text: str) -> str:
+    """A line that names a file of this text, which lives as long as this process."""
+    try:
+        place = _folder() / str(next(_places))
+        place.write_text(text)
+    except OSError as error:
+        raise KernelError(f"a GPU kernel's text could not be written to {tempfile.gettempdir()}: {error}") from error
+    return f'#include "{place}"\n'
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+_places = count()

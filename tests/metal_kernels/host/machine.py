@@ -3,20 +3,18 @@
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kernels.launch import Kernel
+from metal_kernels.launch import Constants, Kernel, definitions
 from tests.metal_kernels.host import metal_rules
 
 HERE = Path(__file__).resolve().parent
-Constants = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,12 @@ def _head(shape: Sequence[int], size: int) -> bytes:
 
 def _variant(kernel: Kernel, index: int, constants: Constants, dtypes: Sequence[mx.Dtype]) -> str:
     lines = [f"static void variant_{index}(emulator::Arguments& arguments) {{"]
-    lines += metal_rules.definitions(constants)
+    lines += definitions(constants, metal_rules.TYPES)
     for i, name in enumerate((*kernel.inputs, *kernel.outputs)):
         constant = "const " if i < len(kernel.inputs) else ""
         lines.append(f"  auto {name} = arguments.at<{constant}{metal_rules.TYPES[dtypes[i]]}>({i});")
         lines.append(f"  [[maybe_unused]] auto {name}_shape = arguments.shape({i});")
-    lines.append("  emulator::launch(arguments.groups, arguments.threads, [=] {" + kernel.body("host") + "  });\n}\n")
+    lines.append("  emulator::launch(arguments.groups, arguments.threads, [=] {" + kernel.body + "  });\n}\n")
     return "\n".join(lines)
 
 

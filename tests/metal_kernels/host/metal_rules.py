@@ -5,7 +5,7 @@ for in the syntax tree.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import mlx.core as mx
 from clang import cindex
 from clang.cindex import CursorKind
 
-from metal_kernels.launch import Kernel
+from metal_kernels.launch import Constants, Kernel, definitions
 
 TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint32: "uint"}
 FEW_VALUES = 8
@@ -41,9 +41,7 @@ POSITIONS = {
 """Names that a body may use, by type."""
 
 
-def faults(
-    kernel: Kernel, constants: Mapping[str, Any], inputs: Sequence[mx.array], outputs: Sequence[Any]
-) -> list[str]:
+def faults(kernel: Kernel, constants: Constants, inputs: Sequence[mx.array], outputs: Sequence[Any]) -> list[str]:
     """What is wrong, for Metal, with the program of one launch."""
     return [*diagnostics(program(kernel, constants, inputs, outputs)), *misplaced(kernel.header("metal"))]
 
@@ -70,7 +68,7 @@ def _parsed(text: str) -> tuple[Any, str, int]:
     return cindex.Index.create().parse("kernel.cpp", ARGUMENTS, [("kernel.cpp", whole)]), whole, len(head)
 
 
-def program(kernel: Kernel, constants: Mapping[str, Any], inputs: Sequence[mx.array], outputs: Sequence[Any]) -> str:
+def program(kernel: Kernel, constants: Constants, inputs: Sequence[mx.array], outputs: Sequence[Any]) -> str:
     """One launch's program as MLX writes it around the body."""
     spaces = ["constant" if array.size < FEW_VALUES else "device" for array in inputs]
     named = zip(spaces, inputs, kernel.inputs, strict=True)
@@ -79,19 +77,7 @@ def program(kernel: Kernel, constants: Mapping[str, Any], inputs: Sequence[mx.ar
     parameters += [f"device {TYPES[kind]}* {name}" for (_, kind), name in zip(outputs, kernel.outputs, strict=True)]
     parameters += [f"{kind} {name}" for kind, names in POSITIONS.items() for name in names]
     lines = [kernel.header("metal"), f"void {kernel.name}({', '.join(parameters)}) {{"]
-    return "\n".join([*lines, *definitions(constants), kernel.body("metal"), "}"])
-
-
-def definitions(constants: Mapping[str, Any]) -> list[str]:
-    """A launch's compile-time values in C++."""
-    lines: list[str] = []
-    for name, value in constants.items():
-        if isinstance(value, mx.Dtype):
-            lines.append(f"using {name} = {TYPES[value]};")
-        else:
-            kind = "bool" if isinstance(value, bool) else "int"
-            lines.append(f"[[maybe_unused]] constexpr {kind} {name} = {str(value).lower()};")
-    return lines
+    return "\n".join([*lines, *definitions(constants, TYPES), kernel.body, "}"])
 
 
 def _below(cursor: Any) -> Iterator[Any]:
