@@ -19,7 +19,7 @@ import metal_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-ROUND_SECONDS, MOST_CALLS, ROUND, CHAIN, COUNTED = 16e-3, 1600, 5, 50, 100_000
+ROUND_SECONDS, MOST_CALLS, ROUND, COUNTED = 16e-3, 1600, 5, 100_000
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -129,24 +129,9 @@ def _call(run: Run, number: int) -> float:
     return time.perf_counter() - began
 
 
-def microseconds_in_turn(step: Callable[[mx.array, int], mx.array], x: mx.array) -> float:
-    """Microseconds of `step`, which makes of x and a number what takes x's place, when each waits for the one before.
-
-    For a GPU, where calls that do not wait for each other run side by side.
-    """
-
-    def in_turn(_: int) -> mx.array:
-        y = x
-        for i in range(CHAIN):
-            y = step(y, i)
-        return y
-
-    return microseconds([in_turn], 4)[0] / CHAIN
-
-
 def copies_of(nbytes: int) -> int:
     """How many weights of `nbytes` bytes, taken in turn, are several times a processor's cache: 4 to 64."""
-    return min(64, max(4, -(-(600 if on_gpu() else 128) * 10**6 // nbytes)))
+    return min(64, max(4, -(-(300 if on_gpu() else 128) * 10**6 // nbytes)))
 
 
 def copy_bandwidth() -> float:
