@@ -16,14 +16,18 @@ from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
 """Heads of keys, and queries of a row, up to which a launch takes more time than its arithmetic."""
-SIMDGROUPS, JOINING = 4, 16
-"""Of a threadgroup that attends to a part of a context, and of one that joins the parts."""
+JOINING = 16
+"""Simdgroups of a threadgroup that joins the parts of a context."""
 TOKENS_AT_ONCE = 64
 """Tokens that a threadgroup takes in a turn."""
 UNPACKING = 8
 """Simdgroups of a threadgroup that unpacks tokens."""
-THREADGROUPS = 264
-"""Two for each of an H100's multiprocessors: a context is split into no more parts than give every one work."""
+THREADGROUPS = {"cuda": 132, "metal": 264}
+"""That attend at once, one for each of an H100's multiprocessors on CUDA: a context has no more parts than these."""
+MOST_SUMS = 1024
+"""Sums of values of a threadgroup on CUDA up to which there are registers for 16 simdgroups, beyond it for 8."""
+SUMMING = 24 << 10
+"""Bytes of threadgroup memory for sums of values: of as many simdgroups as there is room for at the same time."""
 
 ATTEND = Kernel(
     name="turboquant_attention",
@@ -213,19 +217,22 @@ def attend_parts(
     kv_heads, room = keys[0].shape[1:3]
     rows_of_head = heads // kv_heads * rows
     rows_at_once = 4 if kind.gpu != "cuda" else 8 if rows_of_head <= 8 else 16
+    most_size = max(of_keys.size, of_values.size)
+    simdgroups = 4 if kind.gpu != "cuda" else 16 if rows_at_once * most_size <= MOST_SUMS else 8
+    slots = min(simdgroups, SUMMING // (4 * rows_at_once * most_size))
     tiles = -(-rows_of_head // rows_at_once) * batch * kv_heads
     factor = kind.scale * math.log2(math.e) / math.sqrt(of_keys.odd * of_keys.power)
     constants = {
         "KEY_BITS": of_keys.bits, "VALUE_BITS": of_values.bits, "KEY_SIZE": of_keys.size,
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
         "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
-        "SIMDGROUPS": SIMDGROUPS, "MASK": 1 if kind.causal else 0 if bias is None else 2, "NVIDIA": kind.gpu == "cuda",
-        "T": queries.dtype,
+        "SIMDGROUPS": simdgroups, "SLOTS": slots, "MASK": 1 if kind.causal else 0 if bias is None else 2,
+        "NVIDIA": kind.gpu == "cuda", "T": queries.dtype,
     }  # fmt: skip
-    parts = parts_of(room, THREADGROUPS // tiles, TOKENS_AT_ONCE)
+    parts = parts_of(room, THREADGROUPS[kind.gpu] // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)
     inputs = [queries, of_keys.fixed, *keys, of_values.fixed, *values, length, _no_bias() if bias is None else bias]
-    return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * SIMDGROUPS, constants)[0]
+    return ATTEND.launch(inputs, [out], (parts, tiles), SIMD * simdgroups, constants)[0]
 
 
 def parts_of(room: int, most: int, tokens: int) -> int:

@@ -10,8 +10,8 @@ from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
-MANY_TILES, MOST_TILES = 256, 768
-"""From so many on, tiles nearly, or alone, fill a GPU, and fewer slices of each have fewer sums to join."""
+FEW_TILES, MANY_TILES = 640, 2048
+"""Up to so many tiles need 8 slices each, or 4, to fill a GPU; fewer slices have fewer sums to join."""
 
 MATVEC = Kernel(
     name="turboquant_matvec",
@@ -25,7 +25,7 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 
 def slices_of(weight: TileWeight) -> int:
     """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200."""
-    slices = 2 if weight.tiles >= MOST_TILES else 4 if weight.tiles >= MANY_TILES else 8
+    slices = 8 if weight.tiles <= FEW_TILES else 4 if weight.tiles <= MANY_TILES else 2
     return min(slices, weight.blocks)
 
 

@@ -31,8 +31,6 @@ AT_ONCE = (32, 16, 8, 4)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
-LIGHT = 50_000
-"""Such additions up to which CUDA takes threadgroups of 8 simdgroups; of 16, half as many turn the rows."""
 RESIDENT = 2112
 """Simdgroups that run at once: 16 for each of an H100's multiprocessors. Tiles beyond those come in turns."""
 TURN_COST = 2
@@ -164,7 +162,7 @@ class _Layout:
 
 def _layout(weight: TileWeight, gpu: Dialect) -> _Layout:
     odd, power = factors(weight.block)
-    simdgroups = 16 if gpu == "cuda" and _work(weight) > LIGHT else 8
+    simdgroups = 16 if gpu == "cuda" else 8
     if weight.blocks < 8:
         simdgroups //= 2
     if weight.block == 1:

@@ -66,7 +66,7 @@ def test_attention_gives_what_the_reference_gives(
     pair: tuple[tuple[int, int, int], tuple[int, int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "THREADGROUPS", 6)
+    monkeypatch.setattr(gpu, "THREADGROUPS", {"cuda": 6, "metal": 6})
     of_keys, of_values = (cache_code(size, bits, group, 1) for bits, size, group in pair)
     prepared = {name: _case(case, of_keys, of_values) for name, case in CASES.items()}
 
