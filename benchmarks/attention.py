@@ -3,7 +3,8 @@
     python -m benchmarks.attention [--tokens 1024 8192 32768] [--batch 1] [--caches 3/3 8/4] [--queries 1]
 
 32 query heads and 8 key-value heads of 128. Times are of whole calls: rotating the queries and turning the result back
-are in them, for the packed ones. On a GPU float is float16, on a CPU float32.
+are in them, for the packed ones. On a GPU float is float16 and calls wait for each other, as a model's do: the result
+of one is the next one's queries. On a CPU float is float32.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import Run, microseconds, on_gpu, path_of, report
+from benchmarks.harness import Step, microseconds_in_turn, on_gpu, path_of, report
 from quant_engine.kv_cache import cache_code
 
 HEADS, KV_HEADS, SIZE, GROUP = 32, 8, 128, 64
@@ -26,7 +27,7 @@ def measure(batch: int, tokens: int, queries: int, caches: list[str]) -> list[di
     whole = [mx.random.normal((batch, KV_HEADS, tokens, SIZE), dtype) for _ in range(count)]
     mx.eval(q, whole)
     mask, scale = "causal" if queries > 1 else None, SIZE**-0.5
-    runs: list[Run] = [lambda i: mx.fast.scaled_dot_product_attention(
+    steps: list[Step] = [lambda q, i: mx.fast.scaled_dot_product_attention(
         q, whole[i % count], whole[(i + 1) % count], scale=scale, mask=mask)]  # fmt: skip
     sizes = [2 * batch * KV_HEADS * tokens * SIZE * dtype.size]
     for cache in caches:
@@ -34,14 +35,14 @@ def measure(batch: int, tokens: int, queries: int, caches: list[str]) -> list[di
         codes = cache_code(SIZE, key_bits, GROUP, 0), cache_code(SIZE, value_bits, GROUP, 1)
         held = [tuple(metal_kernels.pack_cache(x, code) for code in codes) for x in whole]
         mx.eval(held)
-        runs.append(lambda i, held=held, codes=codes: metal_kernels.packed_attention(
+        steps.append(lambda q, i, held=held, codes=codes: metal_kernels.packed_attention(
             q, *held[i % count], *codes, length=tokens, scale=scale, mask=mask))  # fmt: skip
         sizes.append(sum(a.nbytes for pair in held[0] for a in pair))
-    times = microseconds(runs, 16 if on_gpu() else 5)
+    times = microseconds_in_turn(steps, q, 5)
     return [
         {"batch": batch, "tokens": tokens, "queries": queries, "cache": cache, "us": us, "times_float": times[0] / us,
-         "path": "mlx" if cache == "float" else path_of(run), "mb": nbytes / 1e6}
-        for cache, run, us, nbytes in zip(["float", *caches], runs, times, sizes, strict=True)
+         "path": "mlx" if cache == "float" else path_of(step, q), "mb": nbytes / 1e6}
+        for cache, step, us, nbytes in zip(["float", *caches], steps, times, sizes, strict=True)
     ]  # fmt: skip
 
 
@@ -58,7 +59,9 @@ def main() -> None:
         for tokens in args.tokens:
             for queries in args.queries:
                 rows += measure(batch, tokens, queries, args.caches)
-    report("attention", f"python -m benchmarks.attention --tokens {' '.join(map(str, args.tokens))}", rows)
+    lists = {"batch": args.batch, "tokens": args.tokens, "queries": args.queries, "caches": args.caches}
+    options = " ".join(f"--{option} {' '.join(map(str, values))}" for option, values in lists.items())
+    report("attention", f"python -m benchmarks.attention {options}", rows)
 
 
 if __name__ == "__main__":

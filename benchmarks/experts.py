@@ -2,7 +2,8 @@
 
     python -m benchmarks.experts [--experts 128] [--active 4] [--width 2880] [--tokens 1 8 512] [--bits 3 4]
 
-Each token's experts are drawn evenly. From 16 tokens on, rows come sorted by expert, as mlx-lm's models sort them.
+Each token's experts are drawn evenly. From 16 tokens on, rows come sorted by expert, as mlx-lm's models sort them. On a
+GPU calls wait for each other, as a model's do: each begins with what it needs of the result of the one before.
 """
 
 import argparse
@@ -11,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import Run, microseconds, on_gpu, path_of, report
-from benchmarks.matvec import GROUP
+from benchmarks.harness import Step, beginning, microseconds_in_turn, on_gpu, path_of, report
+from benchmarks.matvec import GROUP, root_mean_square
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
 
@@ -22,12 +23,12 @@ CHOICES = 8
 
 def experts(count: int, width: int, bits: int) -> metal_kernels.Experts:
     """Experts (width, width) of random codes."""
-    block, turn = choose_block(width, "auto"), mx.array(signs(width, 0))
-    scales = mx.full((width, width // GROUP), width**-0.5, dtype=mx.float16)
+    block, turn, codebook = choose_block(width, "auto"), mx.array(signs(width, 0)), lloyd_max(bits)
+    scales = mx.full((width, width // GROUP), width**-0.5 / root_mean_square(codebook), dtype=mx.float16)
     weights = [
         metal_kernels.PackedWeight(
             mx.random.randint(0, 0xFFFFFFFF, (width, width * bits // 32), dtype=mx.uint32, key=mx.random.key(e)),
-            scales, lloyd_max(bits), turn, block,
+            scales, codebook, turn, block,
         )
         for e in range(count)
     ]  # fmt: skip
@@ -42,24 +43,26 @@ def measure(count: int, active: int, width: int, tokens: int, bits: list[int]) -
     x = mx.random.normal(shape, dtype)
     chosen = [_choices(count, active, tokens, ordered, seed) for seed in range(CHOICES)]
     mx.eval(x, chosen)
-    floats = mx.random.normal((count, width, width), dtype)
-    runs: list[tuple[str, int, Run]] = [("float", 8 * dtype.size, lambda i: mx.gather_mm(
+    floats = width**-0.5 * mx.random.normal((count, width, width), dtype)
+    steps: list[tuple[str, int, Step]] = [("float", 8 * dtype.size, lambda x, i: mx.gather_mm(
         x, floats.swapaxes(-1, -2), rhs_indices=chosen[i % CHOICES], sorted_indices=ordered))]  # fmt: skip
     for b in bits:
         parts, ours = mx.quantize(floats, group_size=GROUP, bits=b), experts(count, width, b)
         mx.eval(parts)
-        runs.append(("affine", b, lambda i, b=b, parts=parts: mx.gather_qmm(
+        steps.append(("affine", b, lambda x, i, b=b, parts=parts: mx.gather_qmm(
             x, *parts, rhs_indices=chosen[i % CHOICES], transpose=True, group_size=GROUP, bits=b,
             sorted_indices=ordered)))  # fmt: skip
-        runs.append(("turboquant", b, lambda i, ours=ours: metal_kernels.expert_matmul(
+        steps.append(("turboquant", b, lambda x, i, ours=ours: metal_kernels.expert_matmul(
             x, ours, chosen[i % CHOICES], ordered)))  # fmt: skip
-    times = microseconds([run for _, _, run in runs], CHOICES)
-    affine = {b: us for (method, b, _), us in zip(runs, times, strict=True) if method == "affine"}
+    times = microseconds_in_turn(
+        [lambda x, i, step=step: beginning(step(x, i), shape) for _, _, step in steps], x, CHOICES
+    )
+    affine = {b: us for (method, b, _), us in zip(steps, times, strict=True) if method == "affine"}
     return [
         {"experts": count, "active": active, "width": width, "tokens": tokens, "bits": b, "method": method, "us": us,
          "times_affine": affine[b] / us if b in affine else None,
-         "path": path_of(run) if method == "turboquant" else "mlx"}
-        for (method, b, run), us in zip(runs, times, strict=True)
+         "path": path_of(step, x) if method == "turboquant" else "mlx"}
+        for (method, b, step), us in zip(steps, times, strict=True)
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What every benchmark needs: timing side by side, the machine's description, a table and a JSON file."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,8 @@ import metal_kernels
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 ROUND_SECONDS, MOST_CALLS, ROUND, COUNTED = 16e-3, 1600, 5, 100_000
+STEPS, LEAST_RUNS = 50, 4
+"""Calls in a run of those that wait for each other, and so many runs at least."""
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -34,6 +38,8 @@ def on_gpu() -> bool:
 
 Run = Callable[[int], mx.array]
 """A call to be timed, which gets its number."""
+Step = Callable[[mx.array, int], mx.array]
+"""A call that makes of an array, and its number, what takes the array's place."""
 
 
 def microseconds(runs: Sequence[Run], calls: int = 20, turns: int = 12) -> list[float]:
@@ -94,10 +100,40 @@ def _seconds_on(core: int) -> float:
     return time.perf_counter() - began
 
 
-def path_of(run: Run) -> str:
+def microseconds_in_turn(steps: Sequence[Step], x: mx.array, calls: int = 20) -> list[float]:
+    """Median microseconds of one call of each of `steps`; on a GPU each takes the result of the one before, from x on.
+
+    So a model's calls wait for each other. Calls that do not, run side by side, and one that leaves most of a GPU idle
+    looks fast. On a CPU each call is of x.
+    """
+    if not on_gpu():
+        return microseconds([partial(step, x) for step in steps], calls)
+    return [us / STEPS for us in microseconds([_in_turn(step, x) for step in steps], LEAST_RUNS)]
+
+
+def _in_turn(step: Step, x: mx.array) -> Run:
+    """STEPS calls; the runs of one graph, numbered from 0, wait for each other too."""
+    latest = x
+
+    def run(number: int) -> mx.array:
+        nonlocal latest
+        latest = latest if number else x
+        for i in range(number * STEPS, (number + 1) * STEPS):
+            latest = step(latest, i)
+        return latest
+
+    return run
+
+
+def beginning(y: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """As many of y's first values as an array of this shape has, without a copy."""
+    return y.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def path_of(step: Step, x: mx.array) -> str:
     """The path of the kernels that a call takes."""
     metal_kernels.reset_paths()
-    mx.eval(run(0))
+    mx.eval(step(x, 0))
     return metal_kernels.kernel_path()
 
 

@@ -11,6 +11,7 @@ be faster.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import (
-    Run,
-    copies_of,
-    copy_bandwidth,
-    microseconds,
-    on_gpu,
-    path_of,
-    report,
-    save,
-)
+from benchmarks.harness import Step, copies_of, copy_bandwidth, microseconds_in_turn, on_gpu, path_of, report, save
 from metal_kernels.dispatch import record
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
@@ -41,19 +33,23 @@ from quant_engine.rotation import choose_block, signs
 
 GPU_SHAPES = ["4096x4096", "14336x4096", "8192x28672"]
 CPU_SHAPES = ["4096x4096"]
-GROUP, PASSES = 64, 25
+GROUP = 64
 
 
 def packed_weights(out: int, width: int, bits: int) -> list[metal_kernels.PackedWeight]:
     """Copies of a matrix of random codes, together several times the cache; products are as large as activations."""
     block, turn, codebook = choose_block(width, "auto"), mx.array(signs(width, 0)), lloyd_max(bits)
-    scale = (len(codebook) / width / sum(value**2 for value in codebook)) ** 0.5
+    scale = width**-0.5 / root_mean_square(codebook)
     made: list[metal_kernels.PackedWeight] = []
     for i in range(copies_of(out * width * bits // 8)):
         packed = mx.random.randint(0, 0xFFFFFFFF, (out, width * bits // 32), dtype=mx.uint32, key=mx.random.key(i))
         scales = mx.full((out, width // GROUP), scale, dtype=mx.float16)
         made.append(metal_kernels.PackedWeight(packed, scales, codebook, turn, block))
     return made
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
 def affine_weights(out: int, width: int, bits: int, dtype: mx.Dtype) -> list[tuple[mx.array, ...]]:
@@ -94,21 +90,15 @@ class Method:
     product: Callable[[mx.array, Any], mx.array]
     most_rows: int = sys.maxsize
 
-    def run(self, x: mx.array, weights: Sequence[list[Any]]) -> Run:
-        """On a GPU PASSES products with each list of weights, each of the result of the one before, also of the call
-        before; on a CPU one product.
-        """
-        latest = x
+    def step(self, weights: Sequence[list[Any]]) -> Step:
+        """Products with one of each of these lists of weights, one after the other."""
 
-        def run(number: int) -> mx.array:
-            nonlocal latest
-            latest = latest if number else x
-            for i in range(number * PASSES, (number + 1) * PASSES):
-                for several in weights:
-                    latest = self.product(latest, several[i % len(several)])
-            return latest
+        def products_of(x: mx.array, number: int) -> mx.array:
+            for several in weights:
+                x = self.product(x, several[number % len(several)])
+            return x
 
-        return run if on_gpu() else lambda i: self.product(x, weights[0][i % len(weights[0])])
+        return products_of
 
 
 def methods(bits: list[int], dtype: mx.Dtype) -> list[Method]:
@@ -158,17 +148,16 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
     for n in rows:
         x = mx.random.normal((n, width), dtype)
         mx.eval(x)
-        runs = {method: method.run(x, held) for method, held in weights.items() if n <= method.most_rows}
-        times = microseconds(list(runs.values()), 4 if on_gpu() else 20)
-        products_each = PASSES * len(sides) if on_gpu() else 1
+        steps = {method: method.step(held) for method, held in weights.items() if n <= method.most_rows}
+        times = microseconds_in_turn(list(steps.values()), x)
         group: list[dict[str, Any]] = []
-        for (method, run), total in zip(runs.items(), times, strict=True):
-            us = total / products_each
+        for (method, step), both in zip(steps.items(), times, strict=True):
+            us = both / len(sides)
             row: dict[str, Any] = {"shape": f"{out}x{width}", "rows": n, "bits": method.bits, "method": method.name}
             row |= {"us": us}
             if method.bits is not None:
                 row["of_read"] = 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))
-            group.append(row | {"path": path_of(run) if "turboquant" in method.name else "mlx"})
+            group.append(row | {"path": path_of(step, x) if "turboquant" in method.name else "mlx"})
         compare(group)
         made += group
     return made

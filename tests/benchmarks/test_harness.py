@@ -48,3 +48,37 @@ def test_turns_in_which_launching_is_slow_do_not_count(monkeypatch: pytest.Monke
     monkeypatch.setattr(harness, "_launch", lambda _: mx.array(4))
     assert harness.microseconds([lambda _: mx.array(5), lambda _: mx.array(9)], turns=8) == pytest.approx([5, 9])
     assert len(turns) == 8
+
+
+def test_calls_wait_for_each_other_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun_with = list[float]()
+
+    def step(x: mx.array, number: int) -> mx.array:
+        begun_with.append(float(x.item()))
+        return x + 1
+
+    def seconds(run: harness.Run, calls: int) -> float:
+        begun_with.clear()
+        results = [float(run(number).item()) for number in range(calls)]
+        assert results == [7.0 + harness.STEPS * (number + 1) for number in range(calls)]
+        assert begun_with == [7.0 + number for number in range(harness.STEPS * calls)]
+        return 6e-6 * harness.STEPS
+
+    monkeypatch.setattr(harness, "on_gpu", lambda: True)
+    monkeypatch.setattr(harness, "_graph", lambda run, calls: 1.0 if run is harness._launch else seconds(run, calls))
+    assert harness.microseconds_in_turn([step, step], mx.array(7.0)) == pytest.approx([6, 6])
+
+
+def test_calls_are_of_the_same_array_on_a_cpu() -> None:
+    begun_with = list[float]()
+
+    def step(x: mx.array, number: int) -> mx.array:
+        begun_with.append(float(x.item()))
+        return x + number
+
+    assert len(harness.microseconds_in_turn([step], mx.array(7.0), calls=3)) == 1
+    assert set(begun_with) == {7.0}
+
+
+def test_what_an_array_begins_with_has_another_shape() -> None:
+    assert harness.beginning(mx.arange(12).reshape(2, 6), (1, 2, 2)).tolist() == [[[0, 1], [2, 3]]]
