@@ -24,13 +24,13 @@ from quant_engine.near import near
 from quant_engine.progress import Progress, silent
 from quant_engine.repository import Repository
 from quant_engine.safetensors_file import TensorInfo, read_header
+from quant_engine.tokenizer_files import VOCABULARIES
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
 SMALL_FILES = (
-    "config.json", "generation_config.json", INDEX, "README.md",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "config.json", "generation_config.json", INDEX, "README.md", *VOCABULARIES, "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """What is fetched from a repository beside its weights: tokenizer, settings and card."""

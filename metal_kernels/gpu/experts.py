@@ -80,7 +80,7 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     constants = matvec.constants(weight, ready, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [ready.halves, weight.words, chosen]
-    groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight)
+    groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight, ready.parts)
     return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]
 
 
@@ -109,7 +109,8 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
         kernel = SEGMENTS
-        columns, threads, step = matvec.COLUMNS, SIMD * matvec.slices_of(weight), 1
+        columns, step = matvec.COLUMNS, 1
+        threads = SIMD * matvec.slices_of(weight, columns)
         constants = matvec.constants(weight, ready, x.dtype, columns)
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)

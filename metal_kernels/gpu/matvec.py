@@ -10,8 +10,8 @@ from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
-FEW_TILES, MANY_TILES = 640, 2048
-"""Up to so many tiles need 8 slices each, or 4, to fill a GPU; fewer slices have fewer sums to join."""
+FEW_TILES, MOST_TILES = 640, 2048
+"""Up to so many tiles many slices of each fill a GPU, or some; beyond them tiles do, and sums need less joining."""
 
 MATVEC = Kernel(
     name="turboquant_matvec",
@@ -23,9 +23,10 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 """With nothing to add, and one array less, for which MLX takes time."""
 
 
-def slices_of(weight: TileWeight) -> int:
-    """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200."""
-    slices = 8 if weight.tiles <= FEW_TILES else 4 if weight.tiles <= MANY_TILES else 2
+def slices_of(weight: TileWeight, columns: int) -> int:
+    """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200, in calls one by one."""
+    some = 6 if columns < COLUMNS else 4
+    slices = 8 if weight.tiles <= FEW_TILES else some if weight.tiles <= MOST_TILES else 2
     return min(slices, weight.blocks)
 
 
@@ -34,7 +35,7 @@ def constants(weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int)
     return {
         **weight.constants,
         **x.constants,
-        "SLICES": slices_of(weight),
+        "SLICES": slices_of(weight, columns),
         "COLUMNS": columns,
         "T": dtype,
     }
@@ -56,4 +57,4 @@ def matvec(x: Activations, weight: TileWeight, dtype: mx.Dtype, added: mx.array 
     groups = (weight.tiles, -(-x.n * x.parts // columns))
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
     inputs = [x.halves, weight.words, *more]
-    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight), values)[0]
+    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight, columns), values)[0]
