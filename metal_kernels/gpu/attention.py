@@ -227,7 +227,7 @@ def attend_parts(
         "VALUE_SIZE": of_values.size, "KEY_GROUP": of_keys.group, "VALUE_GROUP": of_values.group,
         "KEY_ODD": of_keys.odd, "KEY_POWER": of_keys.power, "FACTOR": float_bits(factor), "ROWS": rows_at_once,
         "SIMDGROUPS": simdgroups, "SLOTS": slots, "MASK": 1 if kind.causal else 0 if bias is None else 2,
-        "NVIDIA": kind.gpu == "cuda", "T": queries.dtype,
+        "SAME": of_keys.codebook is of_values.codebook, "NVIDIA": kind.gpu == "cuda", "T": queries.dtype,
     }  # fmt: skip
     parts = parts_of(room, THREADGROUPS[kind.gpu] // tiles, TOKENS_AT_ONCE)
     out = ((batch * heads * rows, parts, of_values.size + 2), mx.float32)

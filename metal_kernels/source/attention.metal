@@ -76,9 +76,22 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
   barrier();
 }
 
-// One simdgroup's rows: running maxima and sums, and weighted sums of values.
-template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS, bool NVIDIA>
+// What lanes decode keys and values with.
+struct LaneTables {
+  CONSTANT int WORDS = 0;
+  Table keys, values;
+
+  template <int SIMDGROUPS>
+  static LaneTables of(const thread Table& of_keys, const thread Table& of_values, Shared<float>, uint, uint) {
+    return LaneTables{of_keys, of_values};
+  }
+};
+
+// One simdgroup's rows: running maxima and sums, and weighted sums of values. SAME: keys and values have one codebook.
+template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS,
+          bool SAME, bool NVIDIA>
 struct Rows {
+  using Tables = LaneTables;
   CONSTANT int RUN = VALUE_SIZE / 8;
   float most[ROWS], sums[ROWS];
   float out[ROWS][RUN];
@@ -97,8 +110,8 @@ struct Rows {
 
   template <int MASK>
   void add(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
-           Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
-           const thread Table& value_table, const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
+           Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
+           const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
     uint g = lane / 4, t = lane % 4;
     float weights[2][ROWS];
     UNROLL
@@ -112,7 +125,7 @@ struct Rows {
       }
       UNROLL
       for (int c = 0; c < (KEY_SIZE + 16) / 32; c++) {
-        uint4 eight = run.eight(c, key_table);
+        uint4 eight = run.eight(c, tables.keys);
         uint pairs[4] = {eight.x, eight.y, eight.z, eight.w};
         UNROLL
         for (int i = 4 * c; i < (c < KEY_SIZE / 32 ? 4 * c + 4 : 4 * c + 2); i++) {
@@ -162,7 +175,7 @@ struct Rows {
       }
       UNROLL
       for (int c = 0; c < (RUN + 7) / 8; c++) {
-        uint4 eight = run.eight(c, value_table);
+        uint4 eight = run.eight(c, tables.values);
         uint pairs[4] = {eight.x, eight.y, eight.z, eight.w};
         UNROLL
         for (int i = 8 * c; i < (8 * c + 8 < RUN ? 8 * c + 8 : RUN); i++) {
@@ -179,10 +192,10 @@ struct Rows {
   // Every STEP-th run of 16 tokens from `first` on.
   template <int STEP, int MASK>
   void walk(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
-            Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
-            const thread Table& value_table, const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
+            Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
+            const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
     for (uint start = first; start < end; start += 16 * STEP) {
-      add(queries, factors, keys, key_scales, values, value_scales, key_table, value_table, sight, start, end, lane);
+      add(queries, factors, keys, key_scales, values, value_scales, tables, sight, start, end, lane);
     }
   }
 

@@ -23,10 +23,95 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
   barrier();
 }
 
+// What keys and values are decoded with; SAME: both by one table. 8 bits need none.
+template <int KEY_BITS, int VALUE_BITS, bool SAME>
+struct PairTables {
+  CONSTANT int KEY_WORDS = PairTable<KEY_BITS>::WORDS;
+  CONSTANT int WORDS = KEY_WORDS + (SAME ? 0 : PairTable<VALUE_BITS>::WORDS);
+  PairTable<KEY_BITS> keys;
+  PairTable<VALUE_BITS> values;
+
+  // Fills `words`, WORDS of them; begins and ends with a barrier.
+  template <int SIMDGROUPS>
+  static PairTables of(const thread Table& of_keys, const thread Table& of_values, Shared<float> words, uint simdgroup,
+                       uint lane) {
+    PairTables all{{words, PairTable<KEY_BITS>::place_of(lane)},
+                   {words + (SAME ? 0 : KEY_WORDS), PairTable<VALUE_BITS>::place_of(lane)}};
+    barrier();
+    all.keys.template fill<SIMDGROUPS>(of_keys, simdgroup, lane);
+    if (!SAME) {
+      all.values.template fill<SIMDGROUPS>(of_values, simdgroup, lane);
+    }
+    barrier();
+    return all;
+  }
+};
+
+// The halves of 16 tokens' keys, as a matrix unit takes them: codes 4c to 4c + 3 of tokens `one` and `two`.
+template <int BITS>
+struct KeyDecoder {
+  template <typename RUN>
+  static uint4 decode(const thread RUN& one, const thread RUN& two, int c, const thread PairTable<BITS>& table) {
+    constexpr int PLACE = PairTable<BITS>::PLACE;
+    uint mine = one.scales_of(c), others = two.scales_of(c);
+    uint first[2], second[2];
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      int bit = 2 * BITS * (2 * c + i);
+      first[i] = multiply_pairs(table.at(placed<PLACE, 2 * BITS>(one.codes.at, bit)), mine);
+      second[i] = multiply_pairs(table.at(placed<PLACE, 2 * BITS>(two.codes.at, bit)), others);
+    }
+    return uint4{first[0], second[0], first[1], second[1]};
+  }
+};
+
+template <>
+struct KeyDecoder<8> {
+  template <typename RUN>
+  static uint4 decode(const thread RUN& one, const thread RUN& two, int c, const thread PairTable<8>&) {
+    uint4 both = one.template values_with<true>(two, c, Table{});
+    return uint4{both.x, both.z, both.y, both.w};
+  }
+};
+
+// The halves of columns of values, each of two tokens.
+template <int BITS, typename RUN>
+struct ValueDecoder {
+  CodesOfTwo<BITS, RUN::STREAM_WORDS> codes;
+  const thread RUN& one;
+  const thread RUN& two;
+
+  ValueDecoder(const thread RUN& first, const thread RUN& second)
+      : codes(first.codes.at, second.codes.at), one(first), two(second) {}
+
+  // Of column `column`, and of the next.
+  uint2 decode(int column, const thread PairTable<BITS>& table) const {
+    constexpr int PLACE = PairTable<BITS>::PLACE;
+    uint scales = join_bits(one.scales_of(column / 4), two.scales_of(column / 4));
+    return uint2{multiply_pairs(table.at(placed<PLACE, 2 * BITS>(codes.even, BITS * column)), scales),
+                 multiply_pairs(table.at(placed<PLACE, 2 * BITS>(codes.odd, BITS * column)), scales)};
+  }
+};
+
+template <typename RUN>
+struct ValueDecoder<8, RUN> {
+  const thread RUN& one;
+  const thread RUN& two;
+
+  ValueDecoder(const thread RUN& first, const thread RUN& second) : one(first), two(second) {}
+
+  uint2 decode(int column, const thread PairTable<8>&) const {
+    uint4 four = one.template values_with<true>(two, column / 4, Table{});
+    uint mine = column % 4 ? four.y : four.x, others = column % 4 ? four.w : four.z;
+    return uint2{byte_permute(mine, others, 0x5410u), byte_permute(mine, others, 0x7632u)};
+  }
+};
+
 // By matrix units, whose rows are tokens, or columns of values, and whose columns are ROWS queries, eight at a time: of
 // each eight a lane has rows 2t and 2t + 1, and of the values columns 2i and 2i + 1 of run g.
-template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS>
-struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, true> {
+template <int KEY_BITS, int VALUE_BITS, int KEY_SIZE, int VALUE_SIZE, int KEY_GROUP, int VALUE_GROUP, int ROWS,
+          bool SAME>
+struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, ROWS, SAME, true> {
   CONSTANT int RUN = VALUE_SIZE / 8, EIGHTS = ROWS / 8;
   float most[EIGHTS][2], sums[EIGHTS][2];
   float out[EIGHTS][RUN / 2][4];
@@ -46,14 +131,15 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     }
   }
 
+  using Tables = PairTables<KEY_BITS, VALUE_BITS, SAME>;
   using Keys = TokenRun<KEY_BITS, KEY_GROUP, KEY_SIZE, 4>;
   using Values = TokenRun<VALUE_BITS, VALUE_GROUP, VALUE_SIZE, 8>;
 
   // Every STEP-th run of 16 tokens from `first` on; the next keys are asked for before the values are needed.
   template <int STEP, int MASK>
   void walk(Shared<uint4> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
-            Device<const uint> values, Device<const half> value_scales, const thread Table& key_table,
-            const thread Table& value_table, const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
+            Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
+            const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
     uint g = lane / 4, t = lane % 4, last = sight.length - 1;
     uint token = first + g < last ? first + g : last, other = first + g + 8 < last ? first + g + 8 : last;
     Keys one(keys, key_scales, token, t), two(keys, key_scales, other, t);
@@ -64,7 +150,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
       Values d(values, value_scales, at + 9 < last ? at + 9 : last, g);
       loads_first();
       float scores[EIGHTS][4];
-      score(queries, one, two, key_table, scores, lane);
+      score(queries, one, two, tables.keys, scores, lane);
       uint next = start + 16 * STEP + g;
       one = Keys(keys, key_scales, next < last ? next : last, t);
       two = Keys(keys, key_scales, next + 8 < last ? next + 8 : last, t);
@@ -74,17 +160,21 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
       for (int n = 0; n < EIGHTS; n++) {
         weights[n] = weigh<MASK>(n, scores[n], factors, sight, start, end, lane);
       }
+      ValueDecoder<VALUE_BITS, Values> of_ab(a, b), of_cd(c, d);
       UNROLL
-      for (int i = 0; i < (RUN + 3) / 4; i++) {
-        add_values(i, a.template values_with<true>(b, i, value_table),
-                   c.template values_with<true>(d, i, value_table), weights);
+      for (int i = 0; i < RUN / 2; i++) {
+        uint2 ab = of_ab.decode(2 * i, tables.values), cd = of_cd.decode(2 * i, tables.values);
+        UNROLL
+        for (int n = 0; n < EIGHTS; n++) {
+          matrix_multiply(out[n][i], uint4{ab.x, ab.y, cd.x, cd.y}, weights[n].x, weights[n].y);
+        }
       }
     }
   }
 
   // Products of 16 tokens' keys with all queries.
-  void score(Shared<uint4> queries, const thread Keys& one, const thread Keys& two, const thread Table& table,
-             thread float (&scores)[EIGHTS][4], uint lane) {
+  void score(Shared<uint4> queries, const thread Keys& one, const thread Keys& two,
+             const thread PairTable<KEY_BITS>& table, thread float (&scores)[EIGHTS][4], uint lane) {
     constexpr int STEPS = KEY_SIZE / 16;
     UNROLL
     for (int i = 0; i < EIGHTS * 4; i++) {
@@ -99,26 +189,11 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
       }
       UNROLL
       for (int j = 0; j < (i + 1 < STEPS ? 2 : 1); j++) {
-        uint4 both = one.template values_with<true>(two, i + j, table), k = uint4{both.x, both.z, both.y, both.w};
+        uint4 k = KeyDecoder<KEY_BITS>::decode(one, two, i + j, table);
         UNROLL
         for (int n = 0; n < EIGHTS; n++) {
           matrix_multiply(scores[n], k, j ? q[n].z : q[n].x, j ? q[n].w : q[n].y);
         }
-      }
-    }
-  }
-
-  // Four columns of the values of tokens a and b, c and d, times the weights of 16 tokens.
-  void add_values(int i, uint4 of_ab, uint4 of_cd, const thread uint2 (&weights)[EIGHTS]) {
-    UNROLL
-    for (int j = 0; j < (4 * i + 2 < RUN ? 2 : 1); j++) {
-      uint ab = j ? of_ab.y : of_ab.x, ba = j ? of_ab.w : of_ab.z, cd = j ? of_cd.y : of_cd.x;
-      uint dc = j ? of_cd.w : of_cd.z;
-      uint4 columns = uint4{byte_permute(ab, ba, 0x5410u), byte_permute(ab, ba, 0x7632u),
-                            byte_permute(cd, dc, 0x5410u), byte_permute(cd, dc, 0x7632u)};
-      UNROLL
-      for (int n = 0; n < EIGHTS; n++) {
-        matrix_multiply(out[n][2 * i + j < RUN / 2 ? 2 * i + j : 0], columns, weights[n].x, weights[n].y);
       }
     }
   }

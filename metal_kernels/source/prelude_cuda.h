@@ -36,6 +36,11 @@ __device__ inline void loads_first() {
   __syncwarp();
 }
 
+// The value so many bytes after `all`.
+__device__ inline float float_at(Shared<float> all, uint bytes) {
+  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(all) + bytes);
+}
+
 __device__ inline float shuffle_xor(float value, uint distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }

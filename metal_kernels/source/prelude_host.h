@@ -43,6 +43,11 @@ inline void barrier(int line = __builtin_LINE()) {
 
 inline void loads_first() {}
 
+// The value so many bytes after `all`.
+inline float float_at(Shared<float> all, uint bytes) {
+  return all[bytes / 4];
+}
+
 inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()) {
   uint lane = emulator::thread_index() % 32;
   return emulator::exchange(value, line)[lane ^ distance];

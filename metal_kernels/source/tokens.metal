@@ -15,6 +15,16 @@ constexpr int words_of_run(int size, int runs) {
   return most;
 }
 
+// Of a stream of words, the word whose bit PLACE is bit `bit` of the stream, with COUNT bits from there on.
+template <int PLACE, int COUNT, int WORDS>
+inline uint placed(const thread uint (&words)[WORDS], int bit) {
+  int word = bit / 32, shift = bit % 32;
+  if (shift + COUNT > 32) {
+    return shift_right(words[word], words[word + 1 < WORDS ? word + 1 : word], uint(shift - PLACE));
+  }
+  return shift < PLACE ? words[word] << (PLACE - shift) : words[word] >> (shift - PLACE);
+}
+
 // A lane's run of COUNT codes, one of RUNS that a head has, moved to begin at bit 0.
 template <int BITS, int COUNT, int RUNS>
 struct Stream {
@@ -159,12 +169,77 @@ struct TokenDecoder<BITS, true> {
     return steps.times(0x20002000u);
   }
 };
+
+// In threadgroup memory, the halves of every pair of codes, for each of LANES lanes a word, so that a simdgroup's lanes
+// do not wait for each other. A pair's number is first + (second << BITS). 8 bits have no table.
+template <int BITS>
+struct PairTable {
+  CONSTANT int LANES = BITS > 3 ? 16 : 32, PLACE = BITS > 3 ? 6 : 7, PAIRS = BITS > 4 ? 0 : 1 << (2 * BITS % 16);
+  CONSTANT int WORDS = PAIRS * LANES;
+  CONSTANT uint NUMBERS = (uint(PAIRS) - 1) << PLACE;
+  Shared<float> words;
+  // Of the lane, in bytes.
+  uint place;
+
+  static uint place_of(uint lane) {
+    return lane % LANES * 4;
+  }
+
+  // By all of SIMDGROUPS simdgroups; others see it after a barrier.
+  template <int SIMDGROUPS>
+  void fill(const thread Table& values, uint simdgroup, uint lane) {
+    for (uint pair = simdgroup; pair < uint(PAIRS); pair += SIMDGROUPS) {
+      uint first = values.lanes.at(pair % (1u << BITS)), second = values.lanes.at(pair >> BITS);
+      if (lane < uint(LANES)) {
+        words[pair * LANES + lane] = bits_float(join_bits(first, second));
+      }
+    }
+  }
+
+  // The pair whose number begins at bit PLACE.
+  uint at(uint codes) const {
+    return float_bits(float_at(words, (codes & NUMBERS) | place));
+  }
+};
+
+// Every second run of BITS bits, of which a word begins with bit `begin` of two.
+template <int BITS>
+constexpr uint every_second(int begin) {
+  uint bits = 0;
+  for (int i = 0; i < 32; i++) {
+    bits |= (begin + i) % (2 * BITS) < BITS ? 1u << i : 0u;
+  }
+  return bits;
+}
+
+// Codes of two tokens next to each other, a pair's number from every second code: of even codes, and of odd ones.
+template <int BITS, int WORDS>
+struct CodesOfTwo {
+  CONSTANT uint FIRST[3] = {
+      every_second<BITS>(0), every_second<BITS>(32 % (2 * BITS)), every_second<BITS>(64 % (2 * BITS))};
+  uint even[WORDS], odd[WORDS];
+
+  CodesOfTwo(const thread uint (&one)[WORDS + 1], const thread uint (&two)[WORDS + 1]) {
+    UNROLL
+    for (int i = 0; i < WORDS; i++) {
+      uint up = i > 0 ? shift_right(two[i > 0 ? i - 1 : 0], two[i], 32 - BITS) : two[0] << BITS;
+      even[i] = select_bits(first_of_two(i), one[i], up);
+      odd[i] = select_bits(first_of_two(i), shift_right(one[i], one[i + 1], BITS), two[i]);
+    }
+  }
+
+  // Bits of word `word` that belong to the first of two codes.
+  static constexpr uint first_of_two(int word) {
+    return word % 3 == 0 ? FIRST[0] : word % 3 == 1 ? FIRST[1] : FIRST[2];
+  }
+};
 #endif
 
 // A lane's run of one head of a token, its codes and where its scales are.
 template <int BITS, int GROUP, int SIZE, int RUNS>
 struct TokenRun {
   CONSTANT int COUNT = SIZE / RUNS, WORDS = SIZE * BITS / 32, GROUPS = SIZE / GROUP;
+  CONSTANT int STREAM_WORDS = Stream<BITS, COUNT, RUNS>::WORDS;
   CONSTANT bool ONE_SCALE = GROUP % COUNT == 0;
   Stream<BITS, COUNT, RUNS> codes;
   Device<const half> scales;
@@ -197,11 +272,16 @@ struct TokenRun {
     return ONE_SCALE ? low(scale) : 1.0f;
   }
 
+  // The scale, twice, of codes 4c to 4c + 3.
+  uint scales_of(int c) const {
+    return ONE_SCALE ? scale : scale_of(c);
+  }
+
   // Values 4c to 4c + 3 of this token, and of another one: two pairs each.
   template <bool NVIDIA>
   uint4 values_with(const thread TokenRun& other, int c, const thread Table& table) const {
     uint4 all = TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), other.codes.four(c), table);
-    uint mine = ONE_SCALE ? scale : scale_of(c), others = ONE_SCALE ? other.scale : other.scale_of(c);
+    uint mine = scales_of(c), others = other.scales_of(c);
     return uint4{multiply_pairs(all.x, mine), multiply_pairs(all.y, mine), multiply_pairs(all.z, others),
                  multiply_pairs(all.w, others)};
   }
