@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,12 +186,13 @@ def definitions(constants: Constants, types: Mapping[mx.Dtype, str]) -> list[str
     return lines
 
 
-@cache
 def _written(text: str) -> str:
-    """A line that names a file of this text, which lives as long as this process."""
+    """A line that names a file of this text, which is there until this process ends."""
     try:
-        place = _folder() / str(next(_places))
-        place.write_text(text)
+        place = _folder() / sha256(text.encode()).hexdigest()[:12]
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)  # systems clear such folders after days
+            place.write_text(text)
     except OSError as error:
         raise KernelError(f"a GPU kernel's text could not be written to {tempfile.gettempdir()}: {error}") from error
     return f'#include "{place}"\n'
@@ -202,6 +203,3 @@ def _folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tq-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-_places = count()

@@ -1,6 +1,7 @@
 """What MLX gets of a kernel."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ def test_each_variant_is_a_kernel_of_its_own(made: list[dict[str, Any]]) -> None
         start(threads, BITS=bits)
     assert len(made) == 3 and len({kernel["header"] + kernel["source"] for kernel in made}) == 3
     assert [len(kernel["launches"]) for kernel in made] == [2, 1, 1]
+
+
+def test_files_that_a_system_cleared_away_are_written_again(made: list[dict[str, Any]]) -> None:
+    start(BITS=2)
+    shutil.rmtree(launch._folder())
+    start(BITS=3)
+    for text in ("header", "source"):
+        found = INCLUDED.search(made[1][text])
+        assert found and Path(found[1]).read_text()
 
 
 def test_a_text_that_cannot_be_written_is_told(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
