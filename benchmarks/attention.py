@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import Step, microseconds_in_turn, on_gpu, path_of, report
+from benchmarks.harness import Step, command_of, microseconds_in_turn, on_gpu, path_of, report
 from quant_engine.kv_cache import cache_code
 
 HEADS, KV_HEADS, SIZE, GROUP = 32, 8, 128, 64
@@ -59,9 +59,7 @@ def main() -> None:
         for tokens in args.tokens:
             for queries in args.queries:
                 rows += measure(batch, tokens, queries, args.caches)
-    lists = {"batch": args.batch, "tokens": args.tokens, "queries": args.queries, "caches": args.caches}
-    options = " ".join(f"--{option} {' '.join(map(str, values))}" for option, values in lists.items())
-    report("attention", f"python -m benchmarks.attention {options}", rows)
+    report("attention", command_of("attention", **vars(args)), rows)
 
 
 if __name__ == "__main__":

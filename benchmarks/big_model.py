@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import metal_kernels
 from benchmarks.end_to_end import LARGE
-from benchmarks.harness import prompt_of, report
+from benchmarks.harness import command_of, prompt_of, report
 from quant_engine import QuantConfig, loader
 from quant_engine import mlx_lm_adapter as adapter
 from quant_engine.fast_layers import fuse_feed_forward
@@ -189,15 +189,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[0], help="tokens held before the prompt")
     args = parser.parse_args()
     config = EIGHT_B | {"num_hidden_layers": args.layers}
-    bits = " ".join(map(str, args.bits))
-    contexts = " ".join(map(str, args.context))
-    command = f"python -m benchmarks.big_model --bits {bits} --prompt {args.prompt} --tokens {args.tokens}"
-    command += f" --context {contexts}"
     everyone = contenders(config, args.bits)
     rows: list[dict[str, Any]] = []
     for context in args.context:
         rows += measure(everyone, Case(context, args.prompt, args.tokens))
-        report("big_model", command, rows)
+        report("big_model", command_of("big_model", **vars(args)), rows)
 
 
 if __name__ == "__main__":

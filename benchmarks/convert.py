@@ -19,7 +19,7 @@ import mlx_lm
 
 import metal_kernels
 from benchmarks.end_to_end import LARGE, write_random_llama
-from benchmarks.harness import on_gpu, report
+from benchmarks.harness import command_of, on_gpu, report
 from quant_engine import QuantConfig, convert
 
 
@@ -64,8 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = measure(Path(folder), arguments.layers, arguments.file_mb, arguments.bits)
-    bits = " ".join(map(str, arguments.bits))
-    command = f"python -m benchmarks.convert --layers {arguments.layers} --file-mb {arguments.file_mb} --bits {bits}"
+    command = command_of("convert", layers=arguments.layers, file_mb=arguments.file_mb, bits=arguments.bits)
     report("convert", command, rows)
 
 

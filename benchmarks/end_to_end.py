@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer, models
 
 import metal_kernels
-from benchmarks.harness import SHARED, prompt_of, report
+from benchmarks.harness import SHARED, command_of, prompt_of, report
 from quant_engine import CacheConfig, QuantConfig, convert, load
 from quant_engine.generate import continue_prompt, make_cache, rate, read_prompt
 from quant_engine.safetensors_file import TensorSpec, assign_shards, index_json
@@ -134,8 +134,7 @@ def main() -> None:
         if "large" in args.models:
             write_random_llama(work / "llama-378m-random", LARGE)
             rows += measure("llama-378m-random", work / "llama-378m-random", 256, 64, work)
-    command = f"python -m benchmarks.end_to_end --models {' '.join(args.models)}"
-    report("speed", command, rows, seconds=time.perf_counter() - began)
+    report("speed", command_of("end_to_end", **vars(args)), rows, seconds=time.perf_counter() - began)
 
 
 if __name__ == "__main__":

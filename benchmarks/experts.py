@@ -12,27 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import Step, beginning, microseconds_in_turn, on_gpu, path_of, report
-from benchmarks.matvec import GROUP, root_mean_square
-from quant_engine.codebook import lloyd_max
-from quant_engine.rotation import choose_block, signs
+from benchmarks.harness import Step, beginning, command_of, microseconds_in_turn, on_gpu, path_of, report
+from benchmarks.matvec import GROUP, random_weights
 
 CHOICES = 8
 """Draws of experts that take turns, so that their weights are not all in the cache."""
-
-
-def experts(count: int, width: int, bits: int) -> metal_kernels.Experts:
-    """Experts (width, width) of random codes."""
-    block, turn, codebook = choose_block(width, "auto"), mx.array(signs(width, 0)), lloyd_max(bits)
-    scales = mx.full((width, width // GROUP), width**-0.5 / root_mean_square(codebook), dtype=mx.float16)
-    weights = [
-        metal_kernels.PackedWeight(
-            mx.random.randint(0, 0xFFFFFFFF, (width, width * bits // 32), dtype=mx.uint32, key=mx.random.key(e)),
-            scales, codebook, turn, block,
-        )
-        for e in range(count)
-    ]  # fmt: skip
-    return metal_kernels.Experts(weights)
 
 
 def measure(count: int, active: int, width: int, tokens: int, bits: list[int]) -> list[dict[str, Any]]:
@@ -47,7 +31,10 @@ def measure(count: int, active: int, width: int, tokens: int, bits: list[int]) -
     steps: list[tuple[str, int, Step]] = [("float", 8 * dtype.size, lambda x, i: mx.gather_mm(
         x, floats.swapaxes(-1, -2), rhs_indices=chosen[i % CHOICES], sorted_indices=ordered))]  # fmt: skip
     for b in bits:
-        parts, ours = mx.quantize(floats, group_size=GROUP, bits=b), experts(count, width, b)
+        parts, ours = (
+            mx.quantize(floats, group_size=GROUP, bits=b),
+            metal_kernels.Experts(random_weights(width, width, b, count)),
+        )
         mx.eval(parts)
         steps.append(("affine", b, lambda x, i, b=b, parts=parts: mx.gather_qmm(
             x, *parts, rhs_indices=chosen[i % CHOICES], transpose=True, group_size=GROUP, bits=b,
@@ -83,9 +70,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         rows += measure(args.experts, args.active, args.width, tokens, args.bits)
-    command = f"python -m benchmarks.experts --experts {args.experts} --active {args.active} --width {args.width}"
-    tokens, bits = (" ".join(map(str, several)) for several in (args.tokens, args.bits))
-    report("experts", f"{command} --tokens {tokens} --bits {bits}", rows)
+    report("experts", command_of("experts", **vars(args)), rows)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,14 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores{device}; MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"
 
 
+def command_of(name: str, **options: Any) -> str:
+    """A benchmark's command line with these options."""
+    texts = [f"python -m benchmarks.{name}"]
+    for option, value in options.items():
+        texts += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(texts)
+
+
 def report(name: str, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Print rows as a table and write them to RESULTS: see `save`."""
     print(f"\n{name}: {machine()}")

@@ -16,12 +16,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 import metal_kernels
-from benchmarks.harness import Step, copies_of, copy_bandwidth, microseconds_in_turn, on_gpu, path_of, report, save
+from benchmarks.harness import (
+    Step,
+    command_of,
+    copies_of,
+    copy_bandwidth,
+    microseconds_in_turn,
+    on_gpu,
+    path_of,
+    report,
+    save,
+)
 from metal_kernels.dispatch import record
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
@@ -37,19 +47,20 @@ GROUP = 64
 
 
 def packed_weights(out: int, width: int, bits: int) -> list[metal_kernels.PackedWeight]:
-    """Copies of a matrix of random codes, together several times the cache; products are as large as activations."""
+    """Copies of a matrix of random codes, together several times the cache."""
+    return random_weights(out, width, bits, copies_of(out * width * bits // 8))
+
+
+def random_weights(out: int, width: int, bits: int, count: int) -> list[metal_kernels.PackedWeight]:
+    """Matrices of random codes, whose products are as large as activations."""
     block, turn, codebook = choose_block(width, "auto"), mx.array(signs(width, 0)), lloyd_max(bits)
-    scale = width**-0.5 / root_mean_square(codebook)
+    scale = width**-0.5 / math.sqrt(sum(value**2 for value in codebook) / len(codebook))
     made: list[metal_kernels.PackedWeight] = []
-    for i in range(copies_of(out * width * bits // 8)):
+    for i in range(count):
         packed = mx.random.randint(0, 0xFFFFFFFF, (out, width * bits // 32), dtype=mx.uint32, key=mx.random.key(i))
         scales = mx.full((out, width // GROUP), scale, dtype=mx.float16)
         made.append(metal_kernels.PackedWeight(packed, scales, codebook, turn, block))
     return made
-
-
-def root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
 def affine_weights(out: int, width: int, bits: int, dtype: mx.Dtype) -> list[tuple[mx.array, ...]]:
@@ -70,11 +81,6 @@ def float_weights(out: int, width: int, dtype: mx.Dtype) -> list[mx.array]:
     made = [width**-0.5 * mx.random.normal((out, width), dtype) for _ in range(copies)]
     mx.eval(made)
     return made
-
-
-def tile_weights(out: int, width: int, bits: int) -> list[TileWeight]:
-    """`packed_weights` as a GPU's kernels take them."""
-    return [weight.tiles for weight in packed_weights(out, width, bits) if weight.tiles is not None]
 
 
 @dataclass(frozen=True)
@@ -103,52 +109,54 @@ class Method:
 
 def methods(bits: list[int], dtype: mx.Dtype) -> list[Method]:
     """Float first, then affine and TurboQuant, on a GPU with activations rotated before too, and nothing."""
+    packed = {b: partial(packed_weights, bits=b) for b in bits}
     made = [Method("float", 8 * dtype.size, partial(float_weights, dtype=dtype), 0, lambda x, w: x @ w.T)]
     for b in bits:
         made += [
             Method("affine", b, partial(affine_weights, bits=b, dtype=dtype), 2 * dtype.size / GROUP,
                    lambda x, w, b=b: mx.quantized_matmul(x, *w, group_size=GROUP, bits=b)),
-            Method("turboquant", b, partial(packed_weights, bits=b), 2 / GROUP, metal_kernels.matmul),
+            Method("turboquant", b, packed[b], 2 / GROUP, metal_kernels.matmul),
         ]  # fmt: skip
         if on_gpu():
-            made.append(Method("turboquant, rotated before", b, partial(tile_weights, bits=b), 2 / GROUP,
-                               rotated_product, FEW_ROWS))  # fmt: skip
+            made.append(Method("turboquant, rotated before", b, packed[b], 2 / GROUP, rotated_product, FEW_ROWS))
     if on_gpu():
-        made.append(Method("empty launch", None, partial(tile_weights, bits=bits[0]), 0, empty_launch()))
+        made.append(Method("empty launch", None, packed[bits[0]], 0, empty_launch()))
     return made
 
 
-def empty_launch() -> Callable[[mx.array, TileWeight], mx.array]:
+def empty_launch() -> Callable[[mx.array, metal_kernels.PackedWeight], mx.array]:
     """A kernel that does nothing with the arrays that a product has."""
     make: Any = mx.fast.metal_kernel if metal_kernels.device() == "metal" else mx.fast.cuda_kernel
     kernel = make(name="empty_launch", input_names=["x", "packed"], output_names=["out"], source="")
 
-    def launch(x: mx.array, weight: TileWeight) -> mx.array:
+    def launch(x: mx.array, weight: metal_kernels.PackedWeight) -> mx.array:
+        tiles = cast(TileWeight, weight.tiles)
         return kernel(
-            inputs=[x, weight.words], output_shapes=[(len(x), weight.rows)], output_dtypes=[mx.float16],
+            inputs=[x, tiles.words], output_shapes=[(len(x), tiles.rows)], output_dtypes=[mx.float16],
             grid=(SIMD, 1, 1), threadgroup=(SIMD, 1, 1),
         )[0]  # fmt: skip
 
     return launch
 
 
-def rotated_product(x: mx.array, weight: TileWeight) -> mx.array:
+def rotated_product(x: mx.array, weight: metal_kernels.PackedWeight) -> mx.array:
     """The product of activations, of halves, as if they were rotated and in the order of the kernel for few."""
     gpu = "metal" if metal_kernels.device() == "metal" else "cuda"
     record(gpu, "matmul")
-    return products.times(Activations(x, 1, scaled=False), weight, gpu, mx.float16)
+    return products.times(Activations(x, 1, scaled=False), cast(TileWeight, weight.tiles), gpu, mx.float16)
 
 
 def measure(out: int, width: int, rows: list[int], bits: list[int], read: float) -> list[dict[str, Any]]:
     """Rows of one shape, for each number of vectors; read: bytes a second of a plain read."""
     dtype = mx.float16 if on_gpu() else mx.float32
     sides = [(out, width), (width, out)] if on_gpu() else [(out, width)]
-    weights = {method: [method.weights(*side) for side in sides] for method in methods(bits, dtype)}
+    compared = methods(bits, dtype)
+    weights = {make: [make(*side) for side in sides] for make in {method.weights for method in compared}}
     made: list[dict[str, Any]] = []
     for n in rows:
         x = mx.random.normal((n, width), dtype)
         mx.eval(x)
-        steps = {method: method.step(held) for method, held in weights.items() if n <= method.most_rows}
+        steps = {method: method.step(weights[method.weights]) for method in compared if n <= method.most_rows}
         times = microseconds_in_turn(list(steps.values()), x)
         group: list[dict[str, Any]] = []
         for (method, step), both in zip(steps.items(), times, strict=True):
@@ -182,9 +190,7 @@ def run(name: str, description: str | None, shapes: list[str], rows: list[int], 
     parser.add_argument("--bits", type=int, nargs="+", default=bits)
     args = parser.parse_args()
     read = copy_bandwidth()
-    lists = {"shapes": args.shapes, "rows": map(str, args.rows), "bits": map(str, args.bits)}
-    options = " ".join(f"--{option} {' '.join(values)}" for option, values in lists.items())
-    command, made = f"python -m benchmarks.{name} {options}", list[dict[str, Any]]()
+    command, made = command_of(name, **vars(args)), list[dict[str, Any]]()
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
         made += measure(out, width, args.rows, args.bits, read)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 import metal_kernels
 from benchmarks.big_model import EIGHT_B, held_bytes, random_turboquant
-from benchmarks.harness import prompt_of, report
+from benchmarks.harness import command_of, prompt_of, report
 from quant_engine.config import CacheConfig
 from quant_engine.generate import cache_nbytes, make_cache, read_prompt
 
@@ -61,11 +61,10 @@ def main() -> None:
     before = held_bytes()
     model = random_turboquant(EIGHT_B | {"num_hidden_layers": args.layers}, 3)
     weight_bytes = held_bytes() - before
-    command = f"python -m benchmarks.prefill --layers {args.layers} --tokens {' '.join(map(str, args.tokens))}"
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         rows += in_turn(model, weight_bytes, tokens)
-        report("prefill", command, rows)
+        report("prefill", command_of("prefill", **vars(args)), rows)
 
 
 if __name__ == "__main__":

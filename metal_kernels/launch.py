@@ -156,19 +156,20 @@ def _on_cuda(
 
     A threadgroup's `threads` bound the registers of each, or some kernels could not be launched.
     """
+    body = kernel.body
+    names = "".join(f"// {name}\n" for name in sorted(set(re.findall(r"\w+_shape\b", body))))
     header = _written(f"#define MOST_THREADS {threads}\n{kernel.header('cuda')}")
-    body = _written("\n".join([*definitions(dict(constants), _CUDA_TYPES), kernel.body]))
-    shapes = sorted(set(re.findall(r"\w+_shape\b", kernel.body)))
-    return _made_of(kernel, mx.fast.cuda_kernel, header, "".join(f"// {name}\n" for name in shapes) + body)
+    source = names + _written("\n".join([*definitions(dict(constants), _CUDA_TYPES), body]))
+    return _made_of(kernel, mx.fast.cuda_kernel, header, source)
 
 
-def _made_of(kernel: Kernel, make: Any, header: str, body: str) -> Callable[..., list[mx.array]]:
+def _made_of(kernel: Kernel, make: Any, header: str, source: str) -> Callable[..., list[mx.array]]:
     more = {"shared_memory": kernel.large_memory} if kernel.large_memory else {}
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=body,
+        source=source,
         header=header,
         **more,
     )

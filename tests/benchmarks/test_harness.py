@@ -82,3 +82,8 @@ def test_calls_are_of_the_same_array_on_a_cpu() -> None:
 
 def test_what_an_array_begins_with_has_another_shape() -> None:
     assert harness.beginning(mx.arange(12).reshape(2, 6), (1, 2, 2)).tolist() == [[[0, 1], [2, 3]]]
+
+
+def test_a_command_line_has_the_options() -> None:
+    command = harness.command_of("convert", layers=8, file_mb=1000, bits=[4, 3])
+    assert command == "python -m benchmarks.convert --layers 8 --file-mb 1000 --bits 4 3"

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ INCLUDED = re.compile(r'#include "(.+)"\n')
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Generator[list[dict[str, Any]]]:
     """The kernels that MLX's CUDA build would be asked for, with what each is launched with."""
     kernels: list[dict[str, Any]] = []
 
@@ -29,7 +30,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(launch, "_dialect", lambda: "cuda")
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     launch._on_cuda.cache_clear()
-    return kernels
+    yield kernels
+    launch._on_cuda.cache_clear()
 
 
 def start(threads: int = 64, **constants: int | bool | mx.Dtype) -> None:
