@@ -88,6 +88,14 @@ __device__ inline uint4 load4(Device<const half> at) {
   return value;
 }
 
+__device__ inline uint4 load4(Device<const uint> at) {
+  return *reinterpret_cast<const uint4*>(at);
+}
+
+__device__ inline uint2 load2(Device<const uint> at) {
+  return *reinterpret_cast<const uint2*>(at);
+}
+
 __device__ inline uint4 load4(Shared<half> at) {
   return *reinterpret_cast<uint4*>(at);
 }

@@ -93,6 +93,14 @@ inline uint4 load4(Device<const half> at) {
   return at.as<uint4>();
 }
 
+inline uint4 load4(Device<const uint> at) {
+  return at.as<uint4>();
+}
+
+inline uint2 load2(Device<const uint> at) {
+  return at.as<uint2>();
+}
+
 inline uint4 load4(Shared<half> at) {
   uint words[4];
   for (int i = 0; i < 4; i++) {

@@ -67,6 +67,14 @@ inline uint4 load4(Device<const half> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
 }
 
+inline uint4 load4(Device<const uint> at) {
+  return *reinterpret_cast<Device<const uint4>>(at);
+}
+
+inline uint2 load2(Device<const uint> at) {
+  return *reinterpret_cast<Device<const uint2>>(at);
+}
+
 inline uint4 load4(Shared<half> at) {
   return *reinterpret_cast<Shared<uint4>>(at);
 }

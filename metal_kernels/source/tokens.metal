@@ -34,9 +34,14 @@ struct Stream {
 
   void load(Device<const uint> head, uint which) {
     uint word = which * SIZE / 32, last = SIZE * RUNS / 32 - 1;
+    at[WORDS] = 0;
+    if (SIZE % 64 == 0) {
+      load_vectors(head + word);
+      return;
+    }
     UNROLL
-    for (int i = 0; i < WORDS + 1; i++) {
-      at[i] = i < TOUCHED ? head[INSIDE || word + i < last ? word + i : last] : 0;
+    for (int i = 0; i < TOUCHED; i++) {
+      at[i] = head[INSIDE || word + i < last ? word + i : last];
     }
     if (!ALIGNED) {
       UNROLL
@@ -44,6 +49,24 @@ struct Stream {
         at[i] = shift_right(at[i], at[i + 1], which * SIZE % 32);
       }
       at[WORDS] = 0;
+    }
+  }
+
+  // Where a run begins its words can be read four or two at once.
+  void load_vectors(Device<const uint> run) {
+    UNROLL
+    for (int i = 0; i + 2 <= WORDS; i += SIZE % 128 == 0 ? 4 : 2) {
+      if (SIZE % 128 == 0) {
+        uint4 four = load4(run + i);
+        at[i] = four.x;
+        at[i + 1] = four.y;
+        at[i + 2 <= WORDS ? i + 2 : i] = four.z;
+        at[i + 3 <= WORDS ? i + 3 : i] = four.w;
+      } else {
+        uint2 two = load2(run + i);
+        at[i] = two.x;
+        at[i + 1] = two.y;
+      }
     }
   }
 
