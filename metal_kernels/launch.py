@@ -164,7 +164,7 @@ def _on_cuda(
 
 
 def _made_of(kernel: Kernel, make: Any, header: str, source: str) -> Callable[..., list[mx.array]]:
-    more = {"shared_memory": kernel.large_memory} if kernel.large_memory else {}
+    more = {"shared_memory": kernel.large_memory} if kernel.large_memory and make is mx.fast.cuda_kernel else {}
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),

@@ -7,14 +7,15 @@ import mlx.core as mx
 
 from metal_kernels.gpu import hadamard, matmul, matvec, turned_product
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import Arrays, Recipe, TileWeight, in_one
-from metal_kernels.launch import SIMD, Kernel
+from metal_kernels.gpu.tiles import DECODING, Arrays, Recipe, TileWeight, in_one
+from metal_kernels.launch import Kernel
 
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
     sources=("experts.metal",),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
+    large_memory=DECODING,
 )
 
 TURNED_PAIRS = Kernel(
@@ -22,6 +23,7 @@ TURNED_PAIRS = Kernel(
     sources=("turned_product.metal", "experts.metal"),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
+    large_memory=DECODING,
 )
 
 SEGMENTS = Kernel(
@@ -29,6 +31,7 @@ SEGMENTS = Kernel(
     sources=("experts.metal",),
     inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
+    large_memory=DECODING,
 )
 
 MATMUL = Kernel(
@@ -36,6 +39,7 @@ MATMUL = Kernel(
     sources=("matmul.metal", "experts.metal"),
     inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
+    large_memory=DECODING,
 )
 
 MATRIX_ROWS = 16
@@ -80,7 +84,7 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     constants = matvec.constants(weight, ready, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [ready.halves, weight.words, chosen]
-    groups, threads = (weight.tiles, chosen.size), SIMD * matvec.slices_of(weight, ready.parts)
+    groups, threads = (matvec.groups_of(weight), chosen.size), matvec.threads_of(weight)
     return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]
 
 
@@ -109,8 +113,8 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
     else:
         kernel = SEGMENTS
-        columns, step = matvec.COLUMNS, 1
-        threads = SIMD * matvec.slices_of(weight, columns)
+        columns = matvec.COLUMNS
+        threads, step = matvec.threads_of(weight), matvec.teams_of(weight)
         constants = matvec.constants(weight, ready, x.dtype, columns)
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)

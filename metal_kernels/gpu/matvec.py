@@ -5,11 +5,13 @@ from dataclasses import replace
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.gpu.tiles import DECODING, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
+SIMDGROUPS = 8
+"""Of a threadgroup on NVIDIA."""
 FEW_TILES, MOST_TILES = 640, 2048
 """Up to so many tiles many slices of each fill a GPU, or some; beyond them tiles do, and sums need less joining."""
 
@@ -18,16 +20,31 @@ MATVEC = Kernel(
     sources=("matvec.metal",),
     inputs=("x", "packed", "added"),
     outputs=("out",),
+    large_memory=DECODING,
 )
 ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1])
 """With nothing to add, and one array less, for which MLX takes time."""
 
 
-def slices_of(weight: TileWeight, columns: int) -> int:
+def slices_of(weight: TileWeight) -> int:
     """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200, in calls one by one."""
-    some = 6 if columns < COLUMNS else 4
-    slices = 8 if weight.tiles <= FEW_TILES else some if weight.tiles <= MOST_TILES else 2
+    slices = SIMDGROUPS if weight.tiles <= FEW_TILES else SIMDGROUPS // 2 if weight.tiles <= MOST_TILES else 2
     return min(slices, weight.blocks)
+
+
+def teams_of(weight: TileWeight) -> int:
+    """Tiles that a threadgroup takes: on NVIDIA its simdgroups share a table."""
+    return max(1, SIMDGROUPS // slices_of(weight)) if weight.nvidia else 1
+
+
+def groups_of(weight: TileWeight) -> int:
+    """Threadgroups that share out a weight's tiles."""
+    return -(-weight.tiles // teams_of(weight))
+
+
+def threads_of(weight: TileWeight) -> int:
+    """Threads of each."""
+    return SIMD * slices_of(weight) * teams_of(weight)
 
 
 def constants(weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int) -> dict[str, int | bool | mx.Dtype]:
@@ -35,7 +52,8 @@ def constants(weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int)
     return {
         **weight.constants,
         **x.constants,
-        "SLICES": slices_of(weight, columns),
+        "SLICES": slices_of(weight),
+        "TEAMS": teams_of(weight),
         "COLUMNS": columns,
         "T": dtype,
     }
@@ -54,7 +72,7 @@ def matvec(x: Activations, weight: TileWeight, dtype: mx.Dtype, added: mx.array 
     columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
     values = constants(weight, x, dtype, columns) | shapes(weight, x.n)
     values["ADDED"] = 0 if added is None else len(added)
-    groups = (weight.tiles, -(-x.n * x.parts // columns))
+    groups = groups_of(weight), -(-x.n * x.parts // columns)
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
     inputs = [x.halves, weight.words, *more]
-    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, SIMD * slices_of(weight, columns), values)[0]
+    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads_of(weight), values)[0]

@@ -17,12 +17,14 @@ BLOCK_COLUMNS = 256
 BITS = (2, 3, 4)
 CODE_WORDS = TILE_ROWS * BLOCK_COLUMNS // 32
 """Of a block, for each bit of a code."""
+DECODING = 64 << 10
+"""Bytes of threadgroup memory for the table that NVIDIA's kernels decode with."""
 CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
 
 Arrays = tuple[mx.array, mx.array]
-Recipe = tuple[int, int, int, int, int, bool, int]
+Recipe = tuple[int, int, int, int, int, tuple[int, ...], bool, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class TileWeight:
     rows: int
     width: int
     block: int
+    table: tuple[int, ...]
     nvidia: bool
     experts: int = 1
 
@@ -53,13 +56,15 @@ class TileWeight:
     @property
     def recipe(self) -> Recipe:
         """What a product is compiled for."""
-        return self.bits, self.group, self.rows, self.width, self.block, self.nvidia, self.experts
+        return self.bits, self.group, self.rows, self.width, self.block, self.table, self.nvidia, self.experts
 
     @property
     def constants(self) -> dict[str, int | bool | mx.Dtype]:
         """The compile-time values of reading it."""
         spare = self.tiles * TILE_ROWS - self.rows
-        return {"BITS": self.bits, "GROUP": self.group, "SPARE": spare, "NVIDIA": self.nvidia}
+        return {"BITS": self.bits, "GROUP": self.group, "SPARE": spare, "NVIDIA": self.nvidia} | dict(
+            zip(("LOW0", "LOW1", "HIGH0", "HIGH1"), self.table, strict=True)
+        )
 
     @property
     def codes(self) -> mx.array:
@@ -123,7 +128,7 @@ def table_words(values: np.ndarray) -> mx.array:
     return mx.array(np.concatenate([low.view(np.uint32), high.view(np.uint32)]))
 
 
-def decoding_table(codebook: tuple[float, ...]) -> mx.array:
+def decoding_table(codebook: tuple[float, ...]) -> tuple[int, ...]:
     """What the kernels decode with, see `table_words`: magnitudes, and where there is room the same with a minus.
 
     Raises KernelError for a codebook that is not symmetric about zero, which the kernels' sign and magnitude need.
@@ -134,7 +139,8 @@ def decoding_table(codebook: tuple[float, ...]) -> mx.array:
             "backend for this weight"
         )
     magnitudes = np.array(codebook[len(codebook) // 2 :], np.float16)
-    return table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]))
+    words = table_words(magnitudes if len(codebook) == 16 else np.concatenate([magnitudes, -magnitudes]))
+    return tuple(np.array(words).view(np.int32).tolist())
 
 
 def arrange(
@@ -160,8 +166,8 @@ def arrange(
         mx.eval(parts[-1])
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, parts[0].shape[1])
-    fixed = fixed_words(decoding_table(codebook), signs, width)
-    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, nvidia)
+    fixed, table_ = fixed_words(None, signs, width), decoding_table(codebook)
+    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, table_, nvidia)
 
 
 def in_one(codes: Sequence[mx.array], scales: Sequence[mx.array], fixed: mx.array) -> mx.array:
@@ -203,6 +209,8 @@ def _tiles(packed: mx.array, bits: int, width: int, nvidia: bool) -> mx.array:
 
 def _words_of(codes: mx.array, bits: int, nvidia: bool) -> mx.array:
     """Codes (..., 4 planes, 8), sign bit on top, to words (..., bits)."""
+    if nvidia:
+        return _byte_words_of(codes, bits)
     nibble = mx.arange(8, dtype=mx.uint32) * 4
     if bits == 2:
         planes = (codes << nibble).sum(-1).astype(mx.uint32)
@@ -213,8 +221,25 @@ def _words_of(codes: mx.array, bits: int, nvidia: bool) -> mx.array:
     return mx.stack([low[..., i] | (((low[..., 3] >> i) & 0x11111111) << 3) for i in range(3)], axis=-1)
 
 
+def _byte_words_of(codes: mx.array, bits: int) -> mx.array:
+    """The same for NVIDIA: the codes of a byte follow each other in columns, of 2 bits then in rows."""
+    pairs = codes.reshape(*codes.shape[:-1], 2, 2, 2)
+    pairs = pairs[..., 0, :] | (pairs[..., 1, :] << bits)  # (..., 4 planes, 2 halves, 2 rows)
+    byte = mx.arange(4, dtype=mx.uint32) * 8
+    if bits == 2:
+        quads = (pairs[..., 0] | (pairs[..., 1] << 4)).reshape(*codes.shape[:-2], 2, 4)
+        return (quads << byte).sum(-1).astype(mx.uint32)
+    pairs = pairs.reshape(*codes.shape[:-1], 4)
+    if bits == 3:
+        last = pairs[..., 3:, :] >> (2 * mx.arange(3, dtype=mx.uint32)[:, None])
+        pairs = pairs[..., :3, :] | ((last & 3) << 6)
+    return (pairs << byte).sum(-1).astype(mx.uint32)
+
+
 def _codes_of(words: mx.array, bits: int, nvidia: bool) -> mx.array:
     """The inverse of `_words_of`."""
+    if nvidia:
+        return _byte_codes_of(words, bits)
     nibble = mx.arange(8, dtype=mx.uint32) * 4
     if bits == 2:
         planes = mx.stack([words[..., q // 2] >> (2 * (q % 2)) for q in range(4)], axis=-1)
@@ -224,6 +249,21 @@ def _codes_of(words: mx.array, bits: int, nvidia: bool) -> mx.array:
     last = (words >> 3) & 0x11111111
     last = last[..., :1] | (last[..., 1:2] << 1) | (last[..., 2:] << 2)
     return (mx.concatenate([words, last], axis=-1)[..., None] >> nibble) & 7
+
+
+def _byte_codes_of(words: mx.array, bits: int) -> mx.array:
+    bytes_ = (words[..., None] >> (mx.arange(4, dtype=mx.uint32) * 8)) & 255
+    if bits == 2:
+        quads = bytes_.reshape(*words.shape[:-1], 4, 2, 1)
+        pairs = mx.concatenate([quads & 15, quads >> 4], axis=-1).reshape(*words.shape[:-1], 4, 4)
+    elif bits == 3:
+        last = ((bytes_ >> 6) << (2 * mx.arange(3, dtype=mx.uint32)[:, None])).sum(-2, keepdims=True)
+        pairs = mx.concatenate([bytes_ & 63, last.astype(mx.uint32)], axis=-2)
+    else:
+        pairs = bytes_
+    pairs = pairs.reshape(*words.shape[:-1], 4, 2, 1, 2)
+    both = mx.concatenate([pairs & ((1 << bits) - 1), pairs >> bits], axis=-2)
+    return both.reshape(*words.shape[:-1], 4, 8)
 
 
 def _sign_places(nvidia: bool) -> mx.array:

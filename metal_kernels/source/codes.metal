@@ -67,16 +67,6 @@ inline Table load_bytes(Device<const uint> table) {
   return loaded;
 }
 
-// For weights. Lanes hold the value of a code, of 2 bits those of a code of one plane and of one of the next.
-template <int BITS>
-inline Table load_table(Device<const uint> table, uint lane) {
-  Table loaded = load_bytes(table);
-  uint one = loaded.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u);
-  uint two = join_bits(loaded.half_of(lane % 4), loaded.half_of(lane / 4 % 4));
-  loaded.lanes = LaneTable(BITS == 2 ? two : one);
-  return loaded;
-}
-
 // For machines without a byte permutation: the halves of eight codes, four in each half of a word, STEP bits from one to the
 // next, as pairs of codes that are DISTANCE (1 or 2) apart; of what a lane holds the upper half or the lower. Apple's machines
 // take four turns for a shift and two to ask a lane, so two codes share a shift.
@@ -96,33 +86,88 @@ inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& tabl
       join_bits(values[4], values[4 + DISTANCE]), join_bits(values[4 + OTHER], values[7])};
 }
 
+// What weights are decoded with, from a kernel's compile-time values. By asking other lanes, which hold the value of a code,
+// of 2 bits those of a code of one plane and of one of the next; without threadgroup memory.
 template <int BITS, bool NVIDIA>
 struct Decoder {
+  CONSTANT int WORDS = 1;
+  Table table;
+
+  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint>, uint lane)
+      : table{{low_first, low_second}, {high_first, high_second}, {}} {
+    uint one = table.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u);
+    uint two = join_bits(table.half_of(lane % 4), table.half_of(lane / 4 % 4));
+    table.lanes = LaneTable(BITS == 2 ? two : one);
+  }
+
+  // By all of a threadgroup's THREADS threads; ends with a barrier where that is needed.
+  template <int THREADS>
+  void fill(uint) const {}
+
   // Plane q of a unit as the four registers of a 16 x 16 matrix. Of 2 bits two planes share their look-ups.
-  static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
     uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
     return look_up<4, 2>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, table);
   }
 };
 
 #ifdef NVIDIA_INSTRUCTIONS
-// Four codes at a time: their values' low bytes, their high bytes, and the two interleaved.
+// Bits of `one` where the mask has any, of `other` elsewhere.
+inline uint select_bits(uint mask, uint one, uint other) {
+  return (one & mask) | (other & ~mask);
+}
+
+// Of 3 bits, plane 3 of a unit: two bits of each pair on top of each word's bytes. The uppermost two of each byte are others'.
+inline uint last_pairs(uint first, uint second, uint third) {
+  return select_bits(0x0f0f0f0fu, select_bits(0x03030303u, first >> 6, second >> 4), third >> 2);
+}
+
+// By a table in threadgroup memory, with a row of 256 bytes for every byte of codes: the halves of its codes, a word for each
+// lane, of 2 bits two, so that a simdgroup's lanes do not wait for each other and one byte permutation makes an address.
 template <int BITS>
 struct Decoder<BITS, true> {
-  static uint4 decode(const thread Words<BITS>& words, int unit, int q, const thread Table& table) {
-    uint codes = plane<BITS>(words, unit, q);
-    uint low_first = byte_permute(table.low[0], table.low[1], codes);
-    uint high_first = byte_permute(table.high[0], table.high[1], codes);
-    uint low_second = byte_permute(table.low[0], table.low[1], codes >> 16);
-    uint high_second = byte_permute(table.high[0], table.high[1], codes >> 16);
-    if (BITS == 4) {
-      uint signs = words.at[BITS * unit + q % BITS];
-      high_first ^= signs & 0x80808080u;
-      high_second ^= (signs << 4) & 0x80808080u;
+  CONSTANT int ROW = 64, WORDS = 256 * ROW, VECTORS = BITS == 2 ? 16 : 8;
+  Decoder<BITS, false> values;
+  Shared<uint> rows;
+  // Of the lane, in bytes.
+  uint place;
+
+  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint> memory, uint lane)
+      : values(low_first, low_second, high_first, high_second, memory, lane), rows(memory),
+        place(lane * (BITS == 2 ? 8 : 4)) {}
+
+  template <int THREADS>
+  void fill(uint index) const {
+    for (uint byte = index; byte < 256; byte += THREADS) {
+      uint first = values.table.lanes.at(BITS == 3 ? byte % 8 : byte % 16);
+      uint second = values.table.lanes.at(BITS == 3 ? byte / 8 % 8 : byte / 16);
+      uint one = BITS == 2 ? first : join_bits(first, second), two = BITS == 2 ? second : one;
+      UNROLL
+      for (uint i = 0; i < uint(VECTORS); i++) {
+        store4(rows + (byte * ROW + (index + i) % VECTORS * 4), uint4{one, two, one, two});
+      }
     }
-    return uint4{
-        byte_permute(low_first, high_first, 0x6240u), byte_permute(low_first, high_first, 0x7351u),
-        byte_permute(low_second, high_second, 0x6240u), byte_permute(low_second, high_second, 0x7351u)};
+    barrier();
+  }
+
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+    if (BITS == 2) {
+      uint codes = words.at[2 * unit + q / 2], first = uint(q) % 2 * 2;
+      uint2 early = two_words_at(rows, address(codes, first)), late = two_words_at(rows, address(codes, first + 1));
+      return uint4{early.x, early.y, late.x, late.y};
+    }
+    constexpr int LAST = BITS - 1;
+    uint codes = words.at[BITS * unit + q % BITS];
+    if (BITS == 3 && q == 3) {
+      codes = last_pairs(words.at[BITS * unit], words.at[BITS * unit + 1], words.at[BITS * unit + LAST]);
+    }
+    return uint4{word_at(rows, address(codes, 0)), word_at(rows, address(codes, 1)), word_at(rows, address(codes, 2)),
+                 word_at(rows, address(codes, 3))};
+  }
+
+ private:
+  uint address(uint codes, uint byte) const {
+    return byte_permute(codes, place, 0x5504u | (byte << 4));
   }
 };
 #endif

@@ -39,8 +39,9 @@ struct Staged {
 
 // Plane q of a unit, each row times its scale.
 template <int BITS, bool NVIDIA>
-inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Table& table, uint scales) {
-  uint4 pairs = Decoder<BITS, NVIDIA>::decode(words, unit, q, table);
+inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Decoder<BITS, NVIDIA>& decoder,
+                          uint scales) {
+  uint4 pairs = decoder.decode(words, unit, q);
   uint upper = MatrixUnit<NVIDIA>::twice(scales, false), lower = MatrixUnit<NVIDIA>::twice(scales, true);
   return uint4{multiply_pairs(pairs.x, upper), multiply_pairs(pairs.y, lower), multiply_pairs(pairs.z, upper),
                multiply_pairs(pairs.w, lower)};
@@ -96,7 +97,7 @@ struct Results {
 template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA,
           bool SCALED, typename T>
 inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring, const thread Weight<BITS, GROUP>& weight,
-                   Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
+                   const thread Decoder<BITS, NVIDIA>& decoder, Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
                    uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;
@@ -105,7 +106,6 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
   uint first_tile = (group_x * ROW_GROUPS + simdgroup / COLUMN_GROUPS) * TILES;
   uint first = group_y * COLUMNS, mine = simdgroup % COLUMN_GROUPS * 8 * PIECES;
   uint tiles = weight.tiles, blocks = weight.blocks;
-  Table values = load_table<BITS>(weight.fixed, index % 32);
   Results<TILES, PIECES> results;
   results.clear();
   uint second_tile = first_tile + 1 < tiles ? first_tile + 1 : tiles - 1;
@@ -116,6 +116,7 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
   for (int j = 0; j < TILES; j++) {
     next[j].load();
   }
+  decoder.template fill<THREADS>(index);
   Staged<COLUMNS, THREADS, Unit> coming;
   coming.load(x, held, first, columns, 0, index);
   coming.store(staged, index);
@@ -146,7 +147,7 @@ inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring
         UNROLL
         for (int j = 0; j < 2 * TILES; j++) {
           uint factor = factors[j / 2].at[(64 * unit + 32 * p) / EACH];
-          planes[j] = scaled_plane<BITS, NVIDIA>(words[j / 2], unit, 2 * p + j % 2, values, factor);
+          planes[j] = scaled_plane<BITS, NVIDIA>(words[j / 2], unit, 2 * p + j % 2, decoder, factor);
         }
         results.template add<Unit>(planes, staged + unit % 2 * COLUMNS * 8, mine, p, seat);
       }

@@ -229,36 +229,45 @@ struct Scales {
   }
 };
 
+// Where a lane's share of a block lies.
+struct Place {
+  Device<const uint> codes;
+  Device<const half> factors;
+};
+
 // A lane's share of one block of one tile, and where to find the next.
 template <int BITS, int GROUP>
 struct Block {
   CONSTANT int GROUPS = groups_of_block(GROUP);
-  Device<const uint> codes;
-  Device<const half> factors;
+  Place place;
   Words<BITS> words;
   Scales<GROUPS> scales;
 
   Block(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane)
-      : codes(weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane),
-        factors(weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
+      : place(place_of(weight, tile, block, lane)) {}
+
+  static Place place_of(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane) {
+    return Place{weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane,
+                 weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)};
+  }
 
   void load() {
-    words = load_words<BITS>(codes);
-    scales.load(factors);
+    words = load_words<BITS>(place.codes);
+    scales.load(place.factors);
   }
 
   void advance(uint by) {
-    codes = codes + by * (128 * BITS);
-    factors = factors + (GROUP ? by * (16 * GROUPS) : 0);
+    place.codes = place.codes + by * (128 * BITS);
+    place.factors = place.factors + (GROUP ? by * (16 * GROUPS) : 0);
   }
 };
 
-// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. GROUP
-// 0: one scale a row, applied at the end.
+// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. At the
+// end it is, and has loaded, what lies at `after`, if anything `follows`. GROUP 0: one scale a row, applied at the end.
 template <int BITS, int GROUP, int SLICES, int COLUMNS, bool NVIDIA, typename X>
 inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
-                            const thread Table& table, uint slice, uint blocks, uint lane,
-                            thread Sums<COLUMNS, NVIDIA>& total) {
+                            const thread Decoder<BITS, NVIDIA>& decoder, uint slice, uint blocks, uint lane, bool follows,
+                            const thread Place& after, thread Sums<COLUMNS, NVIDIA>& total) {
   constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
   constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
   constexpr uint ONES = 0x3c003c00u;
@@ -276,7 +285,10 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
     Words<BITS> words = next.words;
     Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
     next.advance(SLICES);
-    if (more) {
+    if (!more && follows) {
+      next.place = after;
+    }
+    if (more || follows) {
       next.load();
     }
     Activations<COLUMNS, NVIDIA> now;
@@ -292,7 +304,7 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
       }
       UNROLL
       for (int j = 0; j < 2; j++) {
-        group.add(Decoder<BITS, NVIDIA>::decode(words, run / 2, 2 * (run % 2) + j, table), now, j);
+        group.add(decoder.decode(words, run / 2, 2 * (run % 2) + j), now, j);
       }
       if (RUNS > 1 || (GROUP != 0 && 32 * (run + 1) % EACH == 0)) {
         total.add_scaled(group, GROUP ? factors.at[32 * run / EACH] : ONES, run, lane);
@@ -349,25 +361,31 @@ struct Result {
   }
 };
 
-// Columns `group_y` of x, made ready before as some of `held`, times tile `tile`.
-template <int BITS, int GROUP, int SLICES, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
-inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight, const thread RESULT& result,
-                   Shared<float> partial, uint held, uint columns, uint tile, uint group_y, uint slice, uint lane) {
-  Table values = load_table<BITS>(weight.fixed, lane);
-  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns, blocks = weight.blocks;
+// Columns `group_y` of x, made ready before as some of `held`, times tiles from `group_x * TEAMS` on, each by SLICES simdgroups.
+template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
+inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight,
+                   const thread Decoder<BITS, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial, uint held, uint columns, uint group_x, uint group_y,
+                   uint index) {
+  constexpr uint TEAM = 32 * SLICES;
+  uint lane = index % 32, slice = index % TEAM / 32, tile = group_x * TEAMS + index / TEAM;
+  bool there = tile < weight.tiles;
+  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
+  uint blocks = there ? weight.blocks : 0;
   RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, 32, held, first, end, lane);
-  Block<BITS, GROUP> next(weight, tile, slice, lane);
+  Block<BITS, GROUP> next(weight, there ? tile : 0, slice, lane);
   if (slice < blocks) {
     next.load();
   }
+  decoder.template fill<TEAM * TEAMS>(index);
   Sums<COLUMNS, NVIDIA> total;
   total.clear();
-  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, values, slice, blocks, lane, total);
-  store_sums<GROUP>(total, weight.scales(), partial, tile, slice, lane);
+  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, decoder, slice, blocks, lane, false, next.place, total);
+  Shared<float> mine = partial + index / TEAM * (SLICES * 16 * COLUMNS);
+  store_sums<GROUP>(total, weight.scales(), mine, there ? tile : 0, slice, lane);
   barrier();
-  for (uint i = slice * 32 + lane; i < 16 * (end - first) / PARTS; i += 32 * SLICES) {
+  for (uint i = index % TEAM; there && i < 16 * (end - first) / PARTS; i += TEAM) {
     uint output = first / PARTS + i / 16;
-    float sum = add_slices<SLICES, PARTS, COLUMNS>(partial, i % 16, i / 16);
+    float sum = add_slices<SLICES, PARTS, COLUMNS>(mine, i % 16, i / 16);
     result.write(16 * tile + i % 16, output, result.scaled(sum, output));
   }
 }

@@ -41,6 +41,19 @@ __device__ inline float float_at(Shared<float> all, uint bytes) {
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(all) + bytes);
 }
 
+// Words so many bytes after `all`, two where 8 divides that.
+__device__ inline uint word_at(Shared<uint> all, uint bytes) {
+  return *reinterpret_cast<const uint*>(reinterpret_cast<const char*>(all) + bytes);
+}
+
+__device__ inline uint2 two_words_at(Shared<uint> all, uint bytes) {
+  return *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(all) + bytes);
+}
+
+__device__ inline void store4(Shared<uint> at, uint4 words) {
+  *reinterpret_cast<uint4*>(at) = words;
+}
+
 __device__ inline float shuffle_xor(float value, uint distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }

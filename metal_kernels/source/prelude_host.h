@@ -48,6 +48,22 @@ inline float float_at(Shared<float> all, uint bytes) {
   return all[bytes / 4];
 }
 
+// Words so many bytes after `all`, two where 8 divides that.
+inline uint word_at(Shared<uint> all, uint bytes) {
+  return all[bytes / 4];
+}
+
+inline uint2 two_words_at(Shared<uint> all, uint bytes) {
+  return uint2{all[bytes / 4], all[bytes / 4 + 1]};
+}
+
+inline void store4(Shared<uint> at, uint4 words) {
+  uint all[4] = {words.x, words.y, words.z, words.w};
+  for (int i = 0; i < 4; i++) {
+    at[i] = all[i];
+  }
+}
+
 inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()) {
   uint lane = emulator::thread_index() % 32;
   return emulator::exchange(value, line)[lane ^ distance];

@@ -6,6 +6,8 @@
 #define THREADGROUP_HALVES(name, size)           \
   threadgroup uint4 name##_vectors[(size) / 8];  \
   threadgroup half* name = reinterpret_cast<threadgroup half*>(name##_vectors)
+// Of memory that CUDA's launches ask for there is none.
+#define THREADGROUP_LARGE(type, name, size) threadgroup type name[1]
 // A constant of a program or a type must lie in this address space.
 #define CONSTANT static constant constexpr const
 

@@ -127,11 +127,6 @@ struct TokenDecoder {
 };
 
 #ifdef NVIDIA_INSTRUCTIONS
-// Bits of `one` where the mask has any, of `other` elsewhere.
-inline uint select_bits(uint mask, uint one, uint other) {
-  return (one & mask) | (other & ~mask);
-}
-
 // Of both halves, the low four codes, each to the low bits of a nibble of its own.
 template <int BITS>
 inline uint spread(uint codes) {

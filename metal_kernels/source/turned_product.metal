@@ -94,39 +94,31 @@ struct TileWalk {
   CONSTANT uint BLOCKS = PADDED / COLUMNS_OF_BLOCK, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
   CONSTANT uint STEP = THREADGROUPS * TEAMS;
   Block<BITS, GROUP> next;
-  Table values;
+  Decoder<BITS, NVIDIA> decoder;
   Weight<BITS, GROUP> weight;
   uint end, tile, team, slice, lane;
 
-  TileWalk(const thread Weight<BITS, GROUP>& all, uint group, uint index)
+  TileWalk(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, NVIDIA>& table, uint group, uint index)
       : next(all, group + index / (32 * SLICES) * THREADGROUPS, index / 32 % SLICES, index % 32),
-        values(load_table<BITS>(all.fixed, index % 32)), weight(all), end(all.tiles / EACH),
+        decoder(table), weight(all), end(all.tiles / EACH),
         tile(group + index / (32 * SLICES) * THREADGROUPS), team(index / (32 * SLICES)), slice(index / 32 % SLICES),
         lane(index % 32) {
     if (slice < BLOCKS && tile < end) {
       next.load();
     }
-  }
-
-  void seek(uint wanted) {
-    next = Block<BITS, GROUP>(weight, wanted, slice, lane);
-    if (slice < BLOCKS) {
-      next.load();
-    }
+    decoder.template fill<32 * SLICES * TEAMS>(index);
   }
 
   // One team's sums of tile `tile`, and of its pair, to `partial`; what comes after them is on its way.
   void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, Shared<half>>& x, Shared<float> partial) {
     UNROLL
     for (uint j = 0; j < EACH; j++) {
+      bool paired = j + 1 < EACH;
+      uint wanted = tile + (paired ? end : STEP);
       Sums<COLUMNS, NVIDIA> total;
       total.clear();
-      multiply_blocks<BITS, GROUP, SLICES>(next, x, values, slice, BLOCKS, lane, total);
-      if (j + 1 < EACH) {
-        seek(tile + end);
-      } else if (tile + STEP < end) {
-        seek(tile + STEP);
-      }
+      multiply_blocks<BITS, GROUP, SLICES>(next, x, decoder, slice, BLOCKS, lane, paired || wanted < end,
+                                           Block<BITS, GROUP>::place_of(weight, wanted, slice, lane), total);
       store_sums<GROUP>(total, weight.scales(), partial + j * PARTIAL, tile + j * end, slice, lane);
     }
   }

@@ -17,12 +17,12 @@ struct Planes {
   uint4 at[COUNT];
 
   template <int BITS, int GROUP>
-  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Table& table) {
+  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, true>& decoder) {
     constexpr int EACH = GROUP ? GROUP : 256;
     UNROLL
     for (int i = 0; i < COUNT; i++) {
       uint factors = block.scales.at[(first + i) / 2 * 32 / EACH];
-      at[i] = scaled_plane<BITS, true>(block.words, (first + i) / 4, (first + i) % 4, table, factors);
+      at[i] = scaled_plane<BITS, true>(block.words, (first + i) / 4, (first + i) % 4, decoder, factors);
     }
     settle(at);
   }
@@ -132,7 +132,8 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 // values and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
-                             const thread Weight<BITS, GROUP>& weight, Device<T> out, Shared<uint4> staged,
+                             const thread Weight<BITS, GROUP>& weight, const thread Decoder<BITS, true>& decoder,
+                             Device<T> out, Shared<uint4> staged,
                              Shared<T> results, Shared<Arrival> arrived, uint outputs, uint rows, uint group_x,
                              uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
@@ -143,11 +144,11 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
   if (index == 0) {
     stages.begin();
   }
-  Table values = load_table<BITS>(weight.fixed, index % 32);
+  decoder.template fill<128 * WARPGROUPS>(index);
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
   Planes<COUNT> planes[2];
-  planes[0].decode(weights, 0, values);
+  planes[0].decode(weights, 0, decoder);
   barrier();
   for (uint block = 0; block < blocks; block++) {
     UNROLL
@@ -174,7 +175,7 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
       if (first + COUNT == 16) {
         weights = next;
       }
-      planes[(first / COUNT + 1) % 2].decode(weights, (first + COUNT) % 16, values);
+      planes[(first / COUNT + 1) % 2].decode(weights, (first + COUNT) % 16, decoder);
     }
   }
   wait_for_products<0>();

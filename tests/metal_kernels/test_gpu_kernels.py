@@ -214,16 +214,16 @@ def test_single_rows_of_tiles_can_be_taken(bits: int, group: int, gpu: Gpu) -> N
     assert mx.array_equal(taken[1], scales[rows])
 
 
-def one_product() -> list[mx.array]:
+def one_product(gpu: Dialect) -> list[mx.array]:
     """A rotated product, short enough to be compiled again for every fault."""
     turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
     x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
-    weight = tiles.arrange(*weights(3, 64), lloyd_max(3), "host")
+    weight = tiles.arrange(*weights(3, 64), lloyd_max(3), gpu)
     ready = hadamard.prepare(x, fixed_words(None, turn, WIDTH), block)
     return [matvec.matvec(ready, weight, mx.float16)]
 
 
-def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.array]:
+def faulty_kernel(name: str, folder: Path, edit: tuple[str, str], gpu: Dialect) -> list[mx.array]:
     """`one_product` with an edit in the source of one of its kernels."""
     needs_compiler()
     sound, broken = Machine(folder / "sound"), Machine(folder / "broken", (edit,))
@@ -236,14 +236,14 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str]) -> list[mx.arr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Kernel, "launch", launch)
         sound.noting = broken.noting = True
-        one_product()
+        one_product(gpu)
         sound.noting = broken.noting = False
-        return one_product()
+        return one_product(gpu)
 
 
 MATVEC, ROTATE = "turboquant_matvec_alone", "turboquant_rotate"
 FAULTS = {
-    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = slice", "for (uint i = slice"),
+    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = index % TEAM", "for (uint i = index % TEAM"),
     "a wrong shuffle distance": (
         ROTATE,
         "other = shuffle_xor(value, distance)",
@@ -255,14 +255,20 @@ FAULTS = {
     "a wrong lane looked up": (MATVEC, "at(upper_bits(two))", "at(upper_bits(two) ^ 1)"),
     "a look-up that some lanes skip": (MATVEC, "uint first = table", "uint first = two % 16 == 0 ? 0 : table"),
 }
+NVIDIA_FAULTS = {
+    "a table read before it is there": (MATVEC, "}\n}\nbarrier();\n}\nuint4 decode", "}\n}\n}\nuint4 decode"),
+    "a wrong byte looked up": (MATVEC, "0x5504u | (byte << 4)", "0x5504u | (byte / 2 << 4)"),
+    "a table's row of another byte": (MATVEC, "(byte * ROW +", "((byte ^ 1) * ROW +"),
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *NVIDIA_FAULTS])
 def test_a_seeded_fault_shows(tmp_path: Path, fault: str) -> None:
-    kernel, right, wrong = FAULTS[fault]
-    (sound,) = on_machine(tmp_path, one_product)
+    gpu: Dialect = "cuda" if fault in NVIDIA_FAULTS else "host"
+    kernel, right, wrong = (FAULTS | NVIDIA_FAULTS)[fault]
+    (sound,) = on_machine(tmp_path, lambda: one_product(gpu))
     try:
-        (found,) = faulty_kernel(kernel, tmp_path, (right, wrong))
+        (found,) = faulty_kernel(kernel, tmp_path, (right, wrong), gpu)
     except EmulatorError:
         return
     assert not mx.array_equal(found, sound)
