@@ -100,7 +100,7 @@ struct Decoder {
     table.lanes = LaneTable(BITS == 2 ? two : one);
   }
 
-  // By all of a threadgroup's THREADS threads; ends with a barrier where that is needed.
+  // By all of a threadgroup's THREADS threads, a barrier before any decodes.
   template <int THREADS>
   void fill(uint) const {}
 
@@ -126,7 +126,8 @@ inline uint last_pairs(uint first, uint second, uint third) {
 // lane, of 2 bits two, so that a simdgroup's lanes do not wait for each other and one byte permutation makes an address.
 template <int BITS>
 struct Decoder<BITS, true> {
-  CONSTANT int ROW = 64, WORDS = 256 * ROW, VECTORS = BITS == 2 ? 16 : 8;
+  // A row's words, of 3 and 4 bits half of them empty, all words, and vectors of half a row.
+  CONSTANT int ROW = 64, WORDS = 256 * ROW, HALF = BITS == 2 ? 8 : 4;
   Decoder<BITS, false> values;
   Shared<uint> rows;
   // Of the lane, in bytes.
@@ -136,18 +137,18 @@ struct Decoder<BITS, true> {
       : values(low_first, low_second, high_first, high_second, memory, lane), rows(memory),
         place(lane * (BITS == 2 ? 8 : 4)) {}
 
+  // Half a row at a time, in an order in which lanes beside each other write to all banks.
   template <int THREADS>
   void fill(uint index) const {
-    for (uint byte = index; byte < 256; byte += THREADS) {
-      uint first = values.table.lanes.at(BITS == 3 ? byte % 8 : byte % 16);
+    for (uint i = index; i < 512; i += THREADS) {
+      uint byte = i / 2, first = values.table.lanes.at(BITS == 3 ? byte % 8 : byte % 16);
       uint second = values.table.lanes.at(BITS == 3 ? byte / 8 % 8 : byte / 16);
       uint one = BITS == 2 ? first : join_bits(first, second), two = BITS == 2 ? second : one;
       UNROLL
-      for (uint i = 0; i < uint(VECTORS); i++) {
-        store4(rows + (byte * ROW + (index + i) % VECTORS * 4), uint4{one, two, one, two});
+      for (uint j = 0; j < uint(HALF); j++) {
+        store4(rows + (byte * ROW + (i % 2 * HALF + (byte + i % 2 * 4 + j) % HALF) * 4), uint4{one, two, one, two});
       }
     }
-    barrier();
   }
 
   uint4 decode(const thread Words<BITS>& words, int unit, int q) const {

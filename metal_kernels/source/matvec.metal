@@ -377,6 +377,9 @@ inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weigh
     next.load();
   }
   decoder.template fill<TEAM * TEAMS>(index);
+  if (NVIDIA) {
+    barrier();
+  }
   Sums<COLUMNS, NVIDIA> total;
   total.clear();
   multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, decoder, slice, blocks, lane, false, next.place, total);

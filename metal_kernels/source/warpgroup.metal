@@ -133,9 +133,8 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
                              const thread Weight<BITS, GROUP>& weight, const thread Decoder<BITS, true>& decoder,
-                             Device<T> out, Shared<uint4> staged,
-                             Shared<T> results, Shared<Arrival> arrived, uint outputs, uint rows, uint group_x,
-                             uint group_y, uint index) {
+                             Device<T> out, Shared<uint4> staged, Shared<T> results, Shared<Arrival> arrived,
+                             uint outputs, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
   uint tile = group_x * (4 * WARPGROUPS) + index / 32, tiles = weight.tiles, blocks = weight.blocks, units = 4 * blocks;
   Block<BITS, GROUP> weights(weight, tile < tiles ? tile : tiles - 1, 0, index % 32), next = weights;
@@ -148,8 +147,8 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
   Planes<COUNT> planes[2];
-  planes[0].decode(weights, 0, decoder);
   barrier();
+  planes[0].decode(weights, 0, decoder);
   for (uint block = 0; block < blocks; block++) {
     UNROLL
     for (int first = 0; first < 16; first += COUNT) {

@@ -256,7 +256,7 @@ FAULTS = {
     "a look-up that some lanes skip": (MATVEC, "uint first = table", "uint first = two % 16 == 0 ? 0 : table"),
 }
 NVIDIA_FAULTS = {
-    "a table read before it is there": (MATVEC, "}\n}\nbarrier();\n}\nuint4 decode", "}\n}\n}\nuint4 decode"),
+    "a table read before it is there": (MATVEC, "if (NVIDIA) {\nbarrier();\n}\n", ""),
     "a wrong byte looked up": (MATVEC, "0x5504u | (byte << 4)", "0x5504u | (byte / 2 << 4)"),
     "a table's row of another byte": (MATVEC, "(byte * ROW +", "((byte ^ 1) * ROW +"),
 }
