@@ -10,7 +10,7 @@ import numpy as np
 
 from metal_kernels.gpu.fixed import factors, fixed_words
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import BITS, symmetric, table_words
+from metal_kernels.gpu.tiles import BITS, PAIR_TABLE, symmetric, table_words
 from metal_kernels.launch import SIMD, Kernel, constant, float_bits, made, number, table
 from metal_kernels.layout import bits_of
 
@@ -34,6 +34,7 @@ ATTEND = Kernel(
     sources=("attention_units.metal",),
     inputs=("queries", "k_fixed", "keys", "k_scales", "v_fixed", "values", "v_scales", "length", "bias"),
     outputs=("out",),
+    large_memory=2 * PAIR_TABLE,
 )
 
 JOIN = Kernel(

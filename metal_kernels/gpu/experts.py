@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu import hadamard, matmul, matvec, turned_product
 from metal_kernels.gpu.products import Gpu
-from metal_kernels.gpu.tiles import DECODING, Arrays, Recipe, TileWeight, in_one
+from metal_kernels.gpu.tiles import BYTE_TABLE, PAIR_TABLE, Arrays, Recipe, TileWeight, in_one
 from metal_kernels.launch import Kernel
 
 PAIRS = Kernel(
@@ -15,7 +15,7 @@ PAIRS = Kernel(
     sources=("experts.metal",),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=BYTE_TABLE,
 )
 
 TURNED_PAIRS = Kernel(
@@ -23,7 +23,7 @@ TURNED_PAIRS = Kernel(
     sources=("turned_product.metal", "experts.metal"),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=BYTE_TABLE,
 )
 
 SEGMENTS = Kernel(
@@ -31,7 +31,7 @@ SEGMENTS = Kernel(
     sources=("experts.metal",),
     inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=BYTE_TABLE,
 )
 
 MATMUL = Kernel(
@@ -39,7 +39,7 @@ MATMUL = Kernel(
     sources=("matmul.metal", "experts.metal"),
     inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=PAIR_TABLE,
 )
 
 MATRIX_ROWS = 16

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import DECODING, TileWeight
+from metal_kernels.gpu.tiles import PAIR_TABLE, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel
 
 MATMUL = Kernel(
@@ -13,7 +13,7 @@ MATMUL = Kernel(
     sources=("matmul.metal",),
     inputs=("x", "packed"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=PAIR_TABLE,
 )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import DECODING, TileWeight
+from metal_kernels.gpu.tiles import BYTE_TABLE, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
@@ -20,7 +20,7 @@ MATVEC = Kernel(
     sources=("matvec.metal",),
     inputs=("x", "packed", "added"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=BYTE_TABLE,
 )
 ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1])
 """With nothing to add, and one array less, for which MLX takes time."""

@@ -17,8 +17,8 @@ BLOCK_COLUMNS = 256
 BITS = (2, 3, 4)
 CODE_WORDS = TILE_ROWS * BLOCK_COLUMNS // 32
 """Of a block, for each bit of a code."""
-DECODING = 64 << 10
-"""Bytes of threadgroup memory for the table that NVIDIA's kernels decode with."""
+BYTE_TABLE, PAIR_TABLE = 64 << 10, 32 << 10
+"""Bytes of threadgroup memory for the tables that NVIDIA's kernels decode with: of bytes, for few rows, and of pairs."""
 CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.matvec import COLUMNS, shapes
-from metal_kernels.gpu.tiles import DECODING, TILE_ROWS, TileWeight
+from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
 TURNED_PRODUCT = Kernel(
@@ -18,7 +18,7 @@ TURNED_PRODUCT = Kernel(
     sources=("turned_product.metal",),
     inputs=("x", "norm", "packed", "added"),
     outputs=("out",),
-    large_memory=DECODING,
+    large_memory=BYTE_TABLE,
 )
 ONE = replace(TURNED_PRODUCT, name="turboquant_turned_product_one", inputs=("x", "more", "packed"))
 """With a norm or something to add, but not both, and one array less, for which MLX takes time."""

@@ -6,7 +6,7 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import DECODING, TileWeight
+from metal_kernels.gpu.tiles import PAIR_TABLE, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
@@ -14,7 +14,7 @@ MATMUL = Kernel(
     sources=("warpgroup.metal",),
     inputs=("x", "packed"),
     outputs=("out",),
-    large_memory=(70 << 10) + DECODING,
+    large_memory=(70 << 10) + PAIR_TABLE,
 )
 FEW_ROWS = 64
 """Up to these the kernel of single simdgroups is as fast."""

@@ -82,7 +82,7 @@ struct LaneTables {
   Table keys, values;
 
   template <int SIMDGROUPS>
-  static LaneTables of(const thread Table& of_keys, const thread Table& of_values, Shared<float>, uint, uint) {
+  static LaneTables of(const thread Table& of_keys, const thread Table& of_values, Shared<uint>, uint, uint) {
     return LaneTables{of_keys, of_values};
   }
 };

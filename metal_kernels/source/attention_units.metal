@@ -26,23 +26,19 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
 // What keys and values are decoded with; SAME: both by one table. 8 bits need none.
 template <int KEY_BITS, int VALUE_BITS, bool SAME>
 struct PairTables {
-  CONSTANT int KEY_WORDS = PairTable<KEY_BITS>::WORDS;
-  CONSTANT int WORDS = KEY_WORDS + (SAME ? 0 : PairTable<VALUE_BITS>::WORDS);
+  CONSTANT int KEY_WORDS = SAME ? 0 : PairTable<KEY_BITS>::WORDS, WORDS = KEY_WORDS + PairTable<VALUE_BITS>::WORDS;
   PairTable<KEY_BITS> keys;
   PairTable<VALUE_BITS> values;
 
-  // Fills `words`, WORDS of them; begins and ends with a barrier.
+  // Fills `memory`, WORDS of it; a barrier before any decodes.
   template <int SIMDGROUPS>
-  static PairTables of(const thread Table& of_keys, const thread Table& of_values, Shared<float> words, uint simdgroup,
+  static PairTables of(const thread Table& of_keys, const thread Table& of_values, Shared<uint> memory, uint simdgroup,
                        uint lane) {
-    PairTables all{{words, PairTable<KEY_BITS>::place_of(lane)},
-                   {words + (SAME ? 0 : KEY_WORDS), PairTable<VALUE_BITS>::place_of(lane)}};
-    barrier();
-    all.keys.template fill<SIMDGROUPS>(of_keys, simdgroup, lane);
+    PairTables all{{memory, lane}, {memory + KEY_WORDS, lane}};
     if (!SAME) {
-      all.values.template fill<SIMDGROUPS>(of_values, simdgroup, lane);
+      all.keys.template fill<SIMDGROUPS>(of_keys.lanes, simdgroup, lane);
     }
-    barrier();
+    all.values.template fill<SIMDGROUPS>(of_values.lanes, simdgroup, lane);
     return all;
   }
 };

@@ -86,9 +86,9 @@ inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& tabl
       join_bits(values[4], values[4 + DISTANCE]), join_bits(values[4 + OTHER], values[7])};
 }
 
-// What weights are decoded with, from a kernel's compile-time values. By asking other lanes, which hold the value of a code,
-// of 2 bits those of a code of one plane and of one of the next; without threadgroup memory.
-template <int BITS, bool NVIDIA>
+// What weights are decoded with, from a kernel's compile-time values. FEW: for few rows. By asking other lanes, which hold the
+// value of a code, of 2 bits those of a code of one plane and of one of the next; without threadgroup memory.
+template <int BITS, bool FEW, bool NVIDIA>
 struct Decoder {
   CONSTANT int WORDS = 1;
   Table table;
@@ -112,6 +112,42 @@ struct Decoder {
 };
 
 #ifdef NVIDIA_INSTRUCTIONS
+// Of a stream of words, the word whose bit PLACE is bit `bit` of the stream, with COUNT bits from there on.
+template <int PLACE, int COUNT, int WORDS>
+inline uint placed(const thread uint (&words)[WORDS], int bit) {
+  int word = bit / 32, shift = bit % 32;
+  if (shift + COUNT > 32) {
+    return shift_right(words[word], words[word + 1 < WORDS ? word + 1 : word], uint(shift - PLACE));
+  }
+  return shift < PLACE ? words[word] << (PLACE - shift) : words[word] >> (shift - PLACE);
+}
+
+// In threadgroup memory, the halves of every pair of codes, a word for each lane, so that a simdgroup's lanes do not wait for
+// each other. A pair's number is first + (second << BITS). 8 bits have no table.
+template <int BITS>
+struct PairTable {
+  CONSTANT int PLACE = 7, PAIRS = BITS > 4 ? 0 : 1 << (2 * BITS % 16), WORDS = 32 * PAIRS;
+  CONSTANT uint NUMBERS = (uint(PAIRS) - 1) << PLACE;
+  Shared<uint> words;
+  // Of the lane, in bytes.
+  uint place;
+
+  PairTable(Shared<uint> memory, uint lane) : words(memory), place(4 * lane) {}
+
+  // By all of SIMDGROUPS simdgroups, from what lanes hold; others see it after a barrier.
+  template <int SIMDGROUPS>
+  void fill(const thread LaneTable& values, uint simdgroup, uint lane) const {
+    for (uint pair = simdgroup; pair < uint(PAIRS); pair += SIMDGROUPS) {
+      words[32 * pair + lane] = join_bits(values.at(pair % (1u << BITS)), values.at(pair >> BITS));
+    }
+  }
+
+  // The pair whose number begins at bit PLACE.
+  uint at(uint codes) const {
+    return word_at(words, (codes & NUMBERS) | place);
+  }
+};
+
 // Bits of `one` where the mask has any, of `other` elsewhere.
 inline uint select_bits(uint mask, uint one, uint other) {
   return (one & mask) | (other & ~mask);
@@ -122,13 +158,23 @@ inline uint last_pairs(uint first, uint second, uint third) {
   return select_bits(0x0f0f0f0fu, select_bits(0x03030303u, first >> 6, second >> 4), third >> 2);
 }
 
+// Plane q of a unit: a byte for a register's pair, of 2 bits half a byte, in the lower or the upper two of four.
+template <int BITS>
+inline uint pairs_of_plane(const thread Words<BITS>& words, int unit, int q) {
+  constexpr int LAST = BITS - 1;
+  if (BITS == 3 && q == 3) {
+    return last_pairs(words.at[BITS * unit], words.at[BITS * unit + 1], words.at[BITS * unit + LAST]);
+  }
+  return words.at[BITS * unit + (BITS == 2 ? q / 2 : q % BITS)];
+}
+
 // By a table in threadgroup memory, with a row of 256 bytes for every byte of codes: the halves of its codes, a word for each
 // lane, of 2 bits two, so that a simdgroup's lanes do not wait for each other and one byte permutation makes an address.
 template <int BITS>
-struct Decoder<BITS, true> {
+struct Decoder<BITS, true, true> {
   // A row's words, of 3 and 4 bits half of them empty, all words, and vectors of half a row.
   CONSTANT int ROW = 64, WORDS = 256 * ROW, HALF = BITS == 2 ? 8 : 4;
-  Decoder<BITS, false> values;
+  Decoder<BITS, true, false> values;
   Shared<uint> rows;
   // Of the lane, in bytes.
   uint place;
@@ -152,15 +198,11 @@ struct Decoder<BITS, true> {
   }
 
   uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+    uint codes = pairs_of_plane(words, unit, q);
     if (BITS == 2) {
-      uint codes = words.at[2 * unit + q / 2], first = uint(q) % 2 * 2;
+      uint first = uint(q) % 2 * 2;
       uint2 early = two_words_at(rows, address(codes, first)), late = two_words_at(rows, address(codes, first + 1));
       return uint4{early.x, early.y, late.x, late.y};
-    }
-    constexpr int LAST = BITS - 1;
-    uint codes = words.at[BITS * unit + q % BITS];
-    if (BITS == 3 && q == 3) {
-      codes = last_pairs(words.at[BITS * unit], words.at[BITS * unit + 1], words.at[BITS * unit + LAST]);
     }
     return uint4{word_at(rows, address(codes, 0)), word_at(rows, address(codes, 1)), word_at(rows, address(codes, 2)),
                  word_at(rows, address(codes, 3))};
@@ -169,6 +211,33 @@ struct Decoder<BITS, true> {
  private:
   uint address(uint codes, uint byte) const {
     return byte_permute(codes, place, 0x5504u | (byte << 4));
+  }
+};
+
+// For many rows: by a table of pairs, which leaves memory for activations.
+template <int BITS>
+struct Decoder<BITS, false, true> {
+  CONSTANT int WORDS = PairTable<BITS>::WORDS;
+  Table values;
+  PairTable<BITS> table;
+
+  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint> memory, uint lane)
+      : values{{low_first, low_second}, {high_first, high_second}, {}}, table(memory, lane) {
+    values.lanes = LaneTable(values.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u));
+  }
+
+  template <int THREADS>
+  void fill(uint index) const {
+    table.template fill<THREADS / 32>(values.lanes, index / 32, index % 32);
+  }
+
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+    uint codes[1] = {pairs_of_plane(words, unit, q)}, pairs[4];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = table.at(placed<PairTable<BITS>::PLACE, 2 * BITS>(codes, BITS == 2 ? q % 2 * 16 + 4 * i : 8 * i));
+    }
+    return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
   }
 };
 #endif

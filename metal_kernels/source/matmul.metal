@@ -39,7 +39,7 @@ struct Staged {
 
 // Plane q of a unit, each row times its scale.
 template <int BITS, bool NVIDIA>
-inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Decoder<BITS, NVIDIA>& decoder,
+inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Decoder<BITS, false, NVIDIA>& decoder,
                           uint scales) {
   uint4 pairs = decoder.decode(words, unit, q);
   uint upper = MatrixUnit<NVIDIA>::twice(scales, false), lower = MatrixUnit<NVIDIA>::twice(scales, true);
@@ -97,7 +97,7 @@ struct Results {
 template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA,
           bool SCALED, typename T>
 inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring, const thread Weight<BITS, GROUP>& weight,
-                   const thread Decoder<BITS, NVIDIA>& decoder, Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
+                   const thread Decoder<BITS, false, NVIDIA>& decoder, Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
                    uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;

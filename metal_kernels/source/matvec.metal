@@ -266,7 +266,7 @@ struct Block {
 // end it is, and has loaded, what lies at `after`, if anything `follows`. GROUP 0: one scale a row, applied at the end.
 template <int BITS, int GROUP, int SLICES, int COLUMNS, bool NVIDIA, typename X>
 inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
-                            const thread Decoder<BITS, NVIDIA>& decoder, uint slice, uint blocks, uint lane, bool follows,
+                            const thread Decoder<BITS, true, NVIDIA>& decoder, uint slice, uint blocks, uint lane, bool follows,
                             const thread Place& after, thread Sums<COLUMNS, NVIDIA>& total) {
   constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
   constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
@@ -364,7 +364,7 @@ struct Result {
 // Columns `group_y` of x, made ready before as some of `held`, times tiles from `group_x * TEAMS` on, each by SLICES simdgroups.
 template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
 inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight,
-                   const thread Decoder<BITS, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial, uint held, uint columns, uint group_x, uint group_y,
+                   const thread Decoder<BITS, true, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial, uint held, uint columns, uint group_x, uint group_y,
                    uint index) {
   constexpr uint TEAM = 32 * SLICES;
   uint lane = index % 32, slice = index % TEAM / 32, tile = group_x * TEAMS + index / TEAM;

@@ -36,11 +36,6 @@ __device__ inline void loads_first() {
   __syncwarp();
 }
 
-// The value so many bytes after `all`.
-__device__ inline float float_at(Shared<float> all, uint bytes) {
-  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(all) + bytes);
-}
-
 // Words so many bytes after `all`, two where 8 divides that.
 __device__ inline uint word_at(Shared<uint> all, uint bytes) {
   return *reinterpret_cast<const uint*>(reinterpret_cast<const char*>(all) + bytes);

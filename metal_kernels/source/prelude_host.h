@@ -43,11 +43,6 @@ inline void barrier(int line = __builtin_LINE()) {
 
 inline void loads_first() {}
 
-// The value so many bytes after `all`.
-inline float float_at(Shared<float> all, uint bytes) {
-  return all[bytes / 4];
-}
-
 // Words so many bytes after `all`, two where 8 divides that.
 inline uint word_at(Shared<uint> all, uint bytes) {
   return all[bytes / 4];

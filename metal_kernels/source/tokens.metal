@@ -15,16 +15,6 @@ constexpr int words_of_run(int size, int runs) {
   return most;
 }
 
-// Of a stream of words, the word whose bit PLACE is bit `bit` of the stream, with COUNT bits from there on.
-template <int PLACE, int COUNT, int WORDS>
-inline uint placed(const thread uint (&words)[WORDS], int bit) {
-  int word = bit / 32, shift = bit % 32;
-  if (shift + COUNT > 32) {
-    return shift_right(words[word], words[word + 1 < WORDS ? word + 1 : word], uint(shift - PLACE));
-  }
-  return shift < PLACE ? words[word] << (PLACE - shift) : words[word] >> (shift - PLACE);
-}
-
 // A lane's run of COUNT codes, one of RUNS that a head has, moved to begin at bit 0.
 template <int BITS, int COUNT, int RUNS>
 struct Stream {
@@ -185,38 +175,6 @@ struct TokenDecoder<BITS, true> {
     uint second = add_pairs(byte_permute(codes, 0x64646464u, 0x4342u), 0xe400e400u);
     Pairs steps = Pairs{add_pairs(first, 0xd7f8d7f8u), add_pairs(second, 0xd7f8d7f8u)};
     return steps.times(0x20002000u);
-  }
-};
-
-// In threadgroup memory, the halves of every pair of codes, for each of LANES lanes a word, so that a simdgroup's lanes
-// do not wait for each other. A pair's number is first + (second << BITS). 8 bits have no table.
-template <int BITS>
-struct PairTable {
-  CONSTANT int LANES = BITS > 3 ? 16 : 32, PLACE = BITS > 3 ? 6 : 7, PAIRS = BITS > 4 ? 0 : 1 << (2 * BITS % 16);
-  CONSTANT int WORDS = PAIRS * LANES;
-  CONSTANT uint NUMBERS = (uint(PAIRS) - 1) << PLACE;
-  Shared<float> words;
-  // Of the lane, in bytes.
-  uint place;
-
-  static uint place_of(uint lane) {
-    return lane % LANES * 4;
-  }
-
-  // By all of SIMDGROUPS simdgroups; others see it after a barrier.
-  template <int SIMDGROUPS>
-  void fill(const thread Table& values, uint simdgroup, uint lane) {
-    for (uint pair = simdgroup; pair < uint(PAIRS); pair += SIMDGROUPS) {
-      uint first = values.lanes.at(pair % (1u << BITS)), second = values.lanes.at(pair >> BITS);
-      if (lane < uint(LANES)) {
-        words[pair * LANES + lane] = bits_float(join_bits(first, second));
-      }
-    }
-  }
-
-  // The pair whose number begins at bit PLACE.
-  uint at(uint codes) const {
-    return float_bits(float_at(words, (codes & NUMBERS) | place));
   }
 };
 

@@ -94,11 +94,11 @@ struct TileWalk {
   CONSTANT uint BLOCKS = PADDED / COLUMNS_OF_BLOCK, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
   CONSTANT uint STEP = THREADGROUPS * TEAMS;
   Block<BITS, GROUP> next;
-  Decoder<BITS, NVIDIA> decoder;
+  Decoder<BITS, true, NVIDIA> decoder;
   Weight<BITS, GROUP> weight;
   uint end, tile, team, slice, lane;
 
-  TileWalk(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, NVIDIA>& table, uint group, uint index)
+  TileWalk(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& table, uint group, uint index)
       : next(all, group + index / (32 * SLICES) * THREADGROUPS, index / 32 % SLICES, index % 32),
         decoder(table), weight(all), end(all.tiles / EACH),
         tile(group + index / (32 * SLICES) * THREADGROUPS), team(index / (32 * SLICES)), slice(index / 32 % SLICES),

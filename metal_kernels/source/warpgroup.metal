@@ -17,7 +17,7 @@ struct Planes {
   uint4 at[COUNT];
 
   template <int BITS, int GROUP>
-  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, true>& decoder) {
+  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, false, true>& decoder) {
     constexpr int EACH = GROUP ? GROUP : 256;
     UNROLL
     for (int i = 0; i < COUNT; i++) {
@@ -132,7 +132,7 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 // values and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
-                             const thread Weight<BITS, GROUP>& weight, const thread Decoder<BITS, true>& decoder,
+                             const thread Weight<BITS, GROUP>& weight, const thread Decoder<BITS, false, true>& decoder,
                              Device<T> out, Shared<uint4> staged, Shared<T> results, Shared<Arrival> arrived,
                              uint outputs, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
