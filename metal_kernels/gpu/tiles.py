@@ -9,6 +9,7 @@ import numpy as np
 
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu.fixed import fixed_words
+from metal_kernels.gpu.words import codes_of, words_of
 from metal_kernels.launch import Dialect, made
 from metal_kernels.layout import bits_of, pack, unpack
 
@@ -18,7 +19,9 @@ BITS = (2, 3, 4)
 CODE_WORDS = TILE_ROWS * BLOCK_COLUMNS // 32
 """Of a block, for each bit of a code."""
 BYTE_TABLE, PAIR_TABLE = 64 << 10, 32 << 10
-"""Bytes of threadgroup memory for the tables that NVIDIA's kernels decode with: of bytes, for few rows, and of pairs."""
+"""Bytes of threadgroup memory for a table that NVIDIA's kernels decode with: of bytes, for few rows, or of pairs."""
+TABLE = "LOW0", "LOW1", "HIGH0", "HIGH1"
+"""The compile-time values of a `decoding_table`."""
 CODES_AT_ONCE = 1 << 24
 """Codes that are unpacked at the same time while a weight is laid out, four bytes each."""
 
@@ -32,9 +35,9 @@ class TileWeight:
     """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
     words uint32 (tiles, blocks, enough): the `codes`, the `scales`, then `fixed`, in one array since MLX takes time for
-    every array of a launch. fixed: `fixed_words` with a `decoding_table`. group 0: one scale a row. block: the
-    Hadamard transform's (1: none). nvidia: 4-bit signs lie where NVIDIA's kernels want them. The tiles of all experts,
-    `rows` rows each, follow each other.
+    every array of a launch. fixed: `fixed_words` without a table. group 0: one scale a row. block: the Hadamard
+    transform's (1: none). table: a `decoding_table`. nvidia: codes lie as NVIDIA's kernels want them. The tiles of all
+    experts, `rows` rows each, follow each other.
     """
 
     words: mx.array
@@ -62,9 +65,10 @@ class TileWeight:
     def constants(self) -> dict[str, int | bool | mx.Dtype]:
         """The compile-time values of reading it."""
         spare = self.tiles * TILE_ROWS - self.rows
-        return {"BITS": self.bits, "GROUP": self.group, "SPARE": spare, "NVIDIA": self.nvidia} | dict(
-            zip(("LOW0", "LOW1", "HIGH0", "HIGH1"), self.table, strict=True)
-        )
+        return {
+            "BITS": self.bits, "GROUP": self.group, "SPARE": spare, "NVIDIA": self.nvidia,
+            **dict(zip(TABLE, self.table, strict=True)),
+        }  # fmt: skip
 
     @property
     def codes(self) -> mx.array:
@@ -98,7 +102,7 @@ class TileWeight:
         codes = mx.take_along_axis(self.codes[tile], lanes[:, None, None, :, None], axis=3)
         blocks = codes.shape[1]
         words = codes.transpose(0, 1, 3, 2, 4).reshape(-1, blocks, 4, 4, self.bits)
-        both = _by_column(_codes_of(words, self.bits, self.nvidia), self.bits)
+        both = _by_column(codes_of(words, self.bits, self.nvidia), self.bits)
         chosen = mx.take_along_axis(both, (row // 8)[:, None, None].astype(mx.uint32), axis=1)[:, 0, : self.width]
         own = mx.take_along_axis(self.scales[tile], (row % 8)[:, None, None, None, None], axis=2)
         own = mx.take_along_axis(own, (row // 8)[:, None, None, None, None], axis=4)
@@ -131,6 +135,7 @@ def table_words(values: np.ndarray) -> mx.array:
 def decoding_table(codebook: tuple[float, ...]) -> tuple[int, ...]:
     """What the kernels decode with, see `table_words`: magnitudes, and where there is room the same with a minus.
 
+    Four signed numbers of 32 bits.
     Raises KernelError for a codebook that is not symmetric about zero, which the kernels' sign and magnitude need.
     """
     if not symmetric(codebook):
@@ -166,8 +171,8 @@ def arrange(
         mx.eval(parts[-1])
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, parts[0].shape[1])
-    fixed, table_ = fixed_words(None, signs, width), decoding_table(codebook)
-    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, table_, nvidia)
+    fixed, table = fixed_words(None, signs, width), decoding_table(codebook)
+    return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, table, nvidia)
 
 
 def in_one(codes: Sequence[mx.array], scales: Sequence[mx.array], fixed: mx.array) -> mx.array:
@@ -186,7 +191,7 @@ def restore(weight: TileWeight) -> tuple[mx.array, mx.array]:
     """The canonical packed codes and scales that `arrange` was given."""
     tiles, blocks = weight.codes.shape[:2]
     words = weight.codes.transpose(0, 1, 3, 2, 4).reshape(tiles, blocks, 32, 4, weight.bits)
-    codes = _by_column(_codes_of(words, weight.bits, weight.nvidia), weight.bits)
+    codes = _by_column(codes_of(words, weight.bits, weight.nvidia), weight.bits)
     packed = pack(codes.reshape(tiles * TILE_ROWS, -1)[: weight.rows, : weight.width], weight.bits)
     scales = weight.scales.transpose(0, 4, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)
     groups = weight.width // weight.group if weight.group else 1
@@ -203,73 +208,8 @@ def _tiles(packed: mx.array, bits: int, width: int, nvidia: bool) -> mx.array:
     planes = axes.transpose(0, 3, 2, 6, 4, 5, 7, 8, 9, 1).reshape(tiles, blocks, 32, 4, 4, 8)
     middle = 1 << (bits - 1)
     signed = mx.where(planes < middle, 2 * middle - 1 - planes, planes - middle)
-    words = _words_of(signed, bits, nvidia)
+    words = words_of(signed, bits, nvidia)
     return words.reshape(tiles, blocks, 32, bits, 4).transpose(0, 1, 3, 2, 4)
-
-
-def _words_of(codes: mx.array, bits: int, nvidia: bool) -> mx.array:
-    """Codes (..., 4 planes, 8), sign bit on top, to words (..., bits)."""
-    if nvidia:
-        return _byte_words_of(codes, bits)
-    nibble = mx.arange(8, dtype=mx.uint32) * 4
-    if bits == 2:
-        planes = (codes << nibble).sum(-1).astype(mx.uint32)
-        return mx.stack([planes[..., 0] | (planes[..., 1] << 2), planes[..., 2] | (planes[..., 3] << 2)], axis=-1)
-    low = ((codes & 7) << nibble).sum(-1).astype(mx.uint32)
-    if bits == 4:
-        return low | ((codes >> 3) << _sign_places(nvidia)).sum(-1).astype(mx.uint32)
-    return mx.stack([low[..., i] | (((low[..., 3] >> i) & 0x11111111) << 3) for i in range(3)], axis=-1)
-
-
-def _byte_words_of(codes: mx.array, bits: int) -> mx.array:
-    """The same for NVIDIA: the codes of a byte follow each other in columns, of 2 bits then in rows."""
-    pairs = codes.reshape(*codes.shape[:-1], 2, 2, 2)
-    pairs = pairs[..., 0, :] | (pairs[..., 1, :] << bits)  # (..., 4 planes, 2 halves, 2 rows)
-    byte = mx.arange(4, dtype=mx.uint32) * 8
-    if bits == 2:
-        quads = (pairs[..., 0] | (pairs[..., 1] << 4)).reshape(*codes.shape[:-2], 2, 4)
-        return (quads << byte).sum(-1).astype(mx.uint32)
-    pairs = pairs.reshape(*codes.shape[:-1], 4)
-    if bits == 3:
-        last = pairs[..., 3:, :] >> (2 * mx.arange(3, dtype=mx.uint32)[:, None])
-        pairs = pairs[..., :3, :] | ((last & 3) << 6)
-    return (pairs << byte).sum(-1).astype(mx.uint32)
-
-
-def _codes_of(words: mx.array, bits: int, nvidia: bool) -> mx.array:
-    """The inverse of `_words_of`."""
-    if nvidia:
-        return _byte_codes_of(words, bits)
-    nibble = mx.arange(8, dtype=mx.uint32) * 4
-    if bits == 2:
-        planes = mx.stack([words[..., q // 2] >> (2 * (q % 2)) for q in range(4)], axis=-1)
-        return (planes[..., None] >> nibble) & 3
-    if bits == 4:
-        return ((words[..., None] >> nibble) & 7) | (((words[..., None] >> _sign_places(nvidia)) & 1) << 3)
-    last = (words >> 3) & 0x11111111
-    last = last[..., :1] | (last[..., 1:2] << 1) | (last[..., 2:] << 2)
-    return (mx.concatenate([words, last], axis=-1)[..., None] >> nibble) & 7
-
-
-def _byte_codes_of(words: mx.array, bits: int) -> mx.array:
-    bytes_ = (words[..., None] >> (mx.arange(4, dtype=mx.uint32) * 8)) & 255
-    if bits == 2:
-        quads = bytes_.reshape(*words.shape[:-1], 4, 2, 1)
-        pairs = mx.concatenate([quads & 15, quads >> 4], axis=-1).reshape(*words.shape[:-1], 4, 4)
-    elif bits == 3:
-        last = ((bytes_ >> 6) << (2 * mx.arange(3, dtype=mx.uint32)[:, None])).sum(-2, keepdims=True)
-        pairs = mx.concatenate([bytes_ & 63, last.astype(mx.uint32)], axis=-2)
-    else:
-        pairs = bytes_
-    pairs = pairs.reshape(*words.shape[:-1], 4, 2, 1, 2)
-    both = mx.concatenate([pairs & ((1 << bits) - 1), pairs >> bits], axis=-2)
-    return both.reshape(*words.shape[:-1], 4, 8)
-
-
-def _sign_places(nvidia: bool) -> mx.array:
-    """Where the 4-bit sign of each nibble lies in its word, (8,)."""
-    n = mx.arange(8, dtype=mx.uint32)
-    return 8 * (n % 4) + 7 - n // 4 * 4 if nvidia else 4 * n + 3
 
 
 def _by_column(planes: mx.array, bits: int) -> mx.array:

@@ -1,12 +1,16 @@
 // Packed codes and their decoding.
 //
 // A tile is 16 rows, a block 256 columns, a unit 64. Of each unit a lane (g = lane / 4, t = lane % 4) holds 32 codes
-// in BITS words: rows g and g + 8, columns 32p + 8t + 4s + 2h + e for p, s, h, e in {0, 1}. Plane q = 2p + s has
-// eight codes, nibble 4h + 2e + r of it for row g + 8r: as pairs of halves these are the four registers 2h + r of a
-// 16 x 16 matrix that one step of a matrix unit takes. A code is a sign, its top bit, and the index of a magnitude. Of 3
-// bits the codes of planes 0, 1 and 2 are the low bits of the nibbles of words 0, 1 and 2, plane 3 is their top bits; of 2
-// bits a word holds two planes; of 4 bits one, for NVIDIA with the signs of nibbles 0 to 3 in the top bits of nibbles 1, 3, 5
-// and 7, those of the others in the top bits of 0, 2, 4 and 6.
+// in BITS words: rows g and g + 8, columns 32p + 8t + 4s + 2h + e for p, s, h, e in {0, 1}. Plane q = 2p + s has eight codes,
+// of rows g + 8r: as pairs of halves (e = 0 and 1) these are the four registers 2h + r of a 16 x 16 matrix that one step of
+// a matrix unit takes. A code is a sign, its top bit, and the index of a magnitude.
+//
+// In nibbles: nibble 4h + 2e + r of a plane's word. Of 4 bits a word holds a plane; of 2 bits it holds two, the second two bits
+// above; of 3 bits words 0, 1 and 2 hold planes 0, 1 and 2, and the top bits of their nibbles plane 3.
+//
+// For NVIDIA in bytes: byte 2h + r of a plane's word holds a register's pair, e = 0 in its low bits. Of 4 bits a word holds a
+// plane; of 2 bits it holds two, and a byte, h of the plane's, the pairs of two registers, r = 0 in its low bits; of 3 bits
+// words 0, 1 and 2 hold planes 0, 1 and 2, and the top two bits of each of their bytes the pairs of plane 3, low bits first.
 #pragma once
 
 namespace turboquant {

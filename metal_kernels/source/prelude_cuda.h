@@ -12,7 +12,7 @@
 #define threadgroups_per_grid gridDim
 #define thread_index_in_threadgroup threadIdx.x
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
-#define thread_index_in_simdgroup (threadIdx.x % 32)
+#define thread_index_in_simdgroup turboquant::lane_index()
 
 // MLX writes the kernel's signature, to which the bound belongs, after this.
 #undef __global__
@@ -27,6 +27,13 @@ using Device = T*;
 template <typename T>
 using Shared = T*;
 
+// Not as the remainder of the thread's number, of which compilers make it again wherever it is needed.
+__device__ inline uint lane_index() {
+  uint lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 __device__ inline void barrier() {
   __syncthreads();
 }
@@ -34,6 +41,12 @@ __device__ inline void barrier() {
 // Loads before it are not put off until after it.
 __device__ inline void loads_first() {
   __syncwarp();
+}
+
+// The place so many bytes after `all`; with as few bits a GPU adds them while it reads.
+template <typename T>
+__device__ inline Device<T> bytes_after(Device<T> all, uint bytes) {
+  return reinterpret_cast<Device<T>>(reinterpret_cast<const char*>(all) + bytes);
 }
 
 // Words so many bytes after `all`, two where 8 divides that.

@@ -43,6 +43,12 @@ inline void barrier(int line = __builtin_LINE()) {
 
 inline void loads_first() {}
 
+// The place so many bytes after `all`.
+template <typename T>
+inline Device<T> bytes_after(Device<T> all, uint bytes) {
+  return all + bytes / uint(sizeof(T));
+}
+
 // Words so many bytes after `all`, two where 8 divides that.
 inline uint word_at(Shared<uint> all, uint bytes) {
   return all[bytes / 4];

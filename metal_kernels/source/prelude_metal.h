@@ -65,6 +65,12 @@ struct LaneTable {
   }
 };
 
+// The place so many bytes after `all`.
+template <typename T>
+inline Device<T> bytes_after(Device<T> all, uint bytes) {
+  return all + bytes / uint(sizeof(T));
+}
+
 inline uint4 load4(Device<const half> at) {
   return *reinterpret_cast<Device<const uint4>>(at);
 }

@@ -22,16 +22,18 @@ struct Stream {
   CONSTANT bool ALIGNED = SIZE % 32 == 0, INSIDE = (RUNS - 1) * SIZE / 32 + TOUCHED <= SIZE * RUNS / 32;
   uint at[WORDS + 1];
 
-  void load(Device<const uint> head, uint which) {
+  // Run `which` of the head that begins with word `head` of all.
+  void load(Device<const uint> all, uint head, uint which) {
     uint word = which * SIZE / 32, last = SIZE * RUNS / 32 - 1;
+    Device<const uint> run = bytes_after(all, 4 * (head + word));
     at[WORDS] = 0;
     if (SIZE % 64 == 0) {
-      load_vectors(head + word);
+      load_vectors(run);
       return;
     }
     UNROLL
     for (int i = 0; i < TOUCHED; i++) {
-      at[i] = head[INSIDE || word + i < last ? word + i : last];
+      at[i] = INSIDE || word + i < last ? run[i] : bytes_after(all, 4 * (head + last))[0];
     }
     if (!ALIGNED) {
       UNROLL
@@ -219,16 +221,16 @@ struct TokenRun {
   CONSTANT bool ONE_SCALE = GROUP % COUNT == 0;
   Stream<BITS, COUNT, RUNS> codes;
   Device<const half> scales;
-  uint which, scale;
+  uint first_scale, which, scale;
 
   TokenRun(Device<const uint> all, Device<const half> all_scales, uint token, uint run)
-      : scales(all_scales + token * GROUPS), which(run), scale(0) {
-    codes.load(all + token * WORDS, run);
+      : scales(all_scales), first_scale(token * GROUPS), which(run), scale(0) {
+    codes.load(all, token * WORDS, run);
     scale = scale_of(0);
   }
 
   uint scale_of(int c) const {
-    float factor = static_cast<float>(scales[(which * COUNT + 4 * c) / GROUP]) * scale_factor<BITS>();
+    float factor = static_cast<float>(bytes_after(scales, 2 * (first_scale + (which * COUNT + 4 * c) / GROUP))[0]) * scale_factor<BITS>();
     return pack_halves(factor, factor);
   }
 
