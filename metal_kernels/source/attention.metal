@@ -79,10 +79,11 @@ inline void stage_queries(Shared<float> values, Shared<float> factors, Shared<ui
 // What lanes decode keys and values with.
 struct LaneTables {
   CONSTANT int WORDS = 0;
-  Table keys, values;
+  LaneTable keys, values;
 
   template <int SIMDGROUPS>
-  static LaneTables of(const thread Table& of_keys, const thread Table& of_values, Shared<uint>, uint, uint) {
+  static LaneTables of(const thread LaneTable& of_keys, const thread LaneTable& of_values, Shared<uint>, uint,
+                       uint) {
     return LaneTables{of_keys, of_values};
   }
 };

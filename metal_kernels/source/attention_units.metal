@@ -32,13 +32,13 @@ struct PairTables {
 
   // Fills `memory`, WORDS of it; a barrier before any decodes.
   template <int SIMDGROUPS>
-  static PairTables of(const thread Table& of_keys, const thread Table& of_values, Shared<uint> memory, uint simdgroup,
+  static PairTables of(const thread LaneTable& of_keys, const thread LaneTable& of_values, Shared<uint> memory, uint simdgroup,
                        uint lane) {
     PairTables all{{memory, lane}, {memory + KEY_WORDS, lane}};
     if (!SAME) {
-      all.keys.template fill<SIMDGROUPS>(of_keys.lanes, simdgroup, lane);
+      all.keys.template fill<SIMDGROUPS>(of_keys, simdgroup, lane);
     }
-    all.values.template fill<SIMDGROUPS>(of_values.lanes, simdgroup, lane);
+    all.values.template fill<SIMDGROUPS>(of_values, simdgroup, lane);
     return all;
   }
 };
@@ -65,7 +65,7 @@ template <>
 struct KeyDecoder<8> {
   template <typename RUN>
   static uint4 decode(const thread RUN& one, const thread RUN& two, int c, const thread PairTable<8>&) {
-    uint4 both = one.template values_with<true>(two, c, Table{});
+    uint4 both = one.template values_with<true>(two, c, LaneTable{});
     return uint4{both.x, both.z, both.y, both.w};
   }
 };
@@ -97,7 +97,7 @@ struct ValueDecoder<8, RUN> {
   ValueDecoder(const thread RUN& first, const thread RUN& second) : one(first), two(second) {}
 
   uint2 decode(int column, const thread PairTable<8>&) const {
-    uint4 four = one.template values_with<true>(two, column / 4, Table{});
+    uint4 four = one.template values_with<true>(two, column / 4, LaneTable{});
     uint mine = column % 4 ? four.y : four.x, others = column % 4 ? four.w : four.z;
     return uint2{byte_permute(mine, others, 0x5410u), byte_permute(mine, others, 0x7632u)};
   }

@@ -35,52 +35,40 @@ inline Words<BITS> load_words(Device<const uint> at) {
   return words;
 }
 
-// The eight codes of plane q of a unit, without 4-bit signs, one in each nibble.
+// Of 3 bits, the nibbles of plane q of a unit; their top bits are others'.
 template <int BITS>
-inline uint plane(const thread Words<BITS>& words, int unit, int q) {
-  if (BITS == 2) {
-    return (words.at[2 * unit + q / 2] >> (2 * (q % 2))) & 0x33333333u;
-  }
-  if (q < BITS) {
-    return words.at[BITS * unit + q] & 0x77777777u;
-  }
+inline uint nibbles_of_three(const thread Words<BITS>& words, int unit, int q) {
   uint first = words.at[BITS * unit], second = words.at[BITS * unit + 1], third = words.at[BITS * unit + BITS - 1];
-  return ((first >> 3) & 0x11111111u) | ((second >> 2) & 0x22222222u) | ((third >> 1) & 0x44444444u);
+  if (q == 3) {
+    return ((first >> 3) & 0x11111111u) | ((second >> 2) & 0x22222222u) | ((third >> 1) & 0x44444444u);
+  }
+  return (q == 0 ? first : q == 1 ? second : third) & 0x77777777u;
 }
 
-// Eight halves' bits: their low and their high bytes, and what lanes hold for others to look up.
-struct Table {
-  uint low[2];
-  uint high[2];
-  LaneTable lanes;
+// One of eight halves, whose low bytes a table has in x and y and whose high bytes in z and w.
+inline uint half_of(uint4 table, uint index) {
+  uint shift = 8 * (index % 4), low_word = index < 4 ? table.x : table.y, high_word = index < 4 ? table.z : table.w;
+  return ((low_word >> shift) & 255u) | (((high_word >> shift) & 255u) << 8);
+}
 
-  uint half_of(uint index) const {
-    uint shift = 8 * (index % 4), low_word = index < 4 ? low[0] : low[1], high_word = index < 4 ? high[0] : high[1];
-    return ((low_word >> shift) & 255u) | (((high_word >> shift) & 255u) << 8);
-  }
-};
-
-// Whose lanes hold nothing yet.
-inline Table load_bytes(Device<const uint> table) {
-  Table loaded;
-  UNROLL
-  for (int i = 0; i < 2; i++) {
-    loaded.low[i] = table[i];
-    loaded.high[i] = table[2 + i];
-  }
-  return loaded;
+// Lanes hold the value of a code, of 2 bits those of a code of one plane and of one of the next.
+template <int BITS>
+inline LaneTable weight_values(uint4 table, uint lane) {
+  uint one = half_of(table, lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u);
+  uint two = join_bits(half_of(table, lane % 4), half_of(table, lane / 4 % 4));
+  return LaneTable(BITS == 2 ? two : one);
 }
 
 // For machines without a byte permutation: the halves of eight codes, four in each half of a word, STEP bits from one to the
 // next, as pairs of codes that are DISTANCE (1 or 2) apart; of what a lane holds the upper half or the lower. Apple's machines
 // take four turns for a shift and two to ask a lane, so two codes share a shift.
 template <int STEP, int DISTANCE>
-inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& table) {
+inline uint4 look_up(uint codes, uint mask, bool upper, const thread LaneTable& values_of) {
   uint values[8];
   UNROLL
   for (int i = 0; i < 4; i++) {
     uint two = shift_both(codes, STEP * i) & mask;
-    uint first = table.lanes.at(lower_bits(two)), second = table.lanes.at(upper_bits(two));
+    uint first = values_of.at(lower_bits(two)), second = values_of.at(upper_bits(two));
     values[i] = upper ? upper_bits(first) : lower_bits(first);
     values[4 + i] = upper ? upper_bits(second) : lower_bits(second);
   }
@@ -90,19 +78,14 @@ inline uint4 look_up(uint codes, uint mask, bool upper, const thread Table& tabl
       join_bits(values[4], values[4 + DISTANCE]), join_bits(values[4 + OTHER], values[7])};
 }
 
-// What weights are decoded with, from a kernel's compile-time values. FEW: for few rows. By asking other lanes, which hold the
-// value of a code, of 2 bits those of a code of one plane and of one of the next; without threadgroup memory.
+// What weights are decoded with, from a kernel's compile-time values, see `half_of`; FEW: for few rows. By asking other lanes:
+// without threadgroup memory.
 template <int BITS, bool FEW, bool NVIDIA>
 struct Decoder {
   CONSTANT int WORDS = 1;
-  Table table;
+  LaneTable values;
 
-  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint>, uint lane)
-      : table{{low_first, low_second}, {high_first, high_second}, {}} {
-    uint one = table.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u);
-    uint two = join_bits(table.half_of(lane % 4), table.half_of(lane / 4 % 4));
-    table.lanes = LaneTable(BITS == 2 ? two : one);
-  }
+  Decoder(uint4 table, Shared<uint>, uint lane) : values(weight_values<BITS>(table, lane)) {}
 
   // By all of a threadgroup's THREADS threads, a barrier before any decodes.
   template <int THREADS>
@@ -110,8 +93,8 @@ struct Decoder {
 
   // Plane q of a unit as the four registers of a 16 x 16 matrix. Of 2 bits two planes share their look-ups.
   uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
-    uint codes = BITS == 3 ? plane<BITS>(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
-    return look_up<4, 2>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, table);
+    uint codes = BITS == 3 ? nibbles_of_three(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
+    return look_up<4, 2>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, values);
   }
 };
 
@@ -178,21 +161,20 @@ template <int BITS>
 struct Decoder<BITS, true, true> {
   // A row's words, of 3 and 4 bits half of them empty, all words, and vectors of half a row.
   CONSTANT int ROW = 64, WORDS = 256 * ROW, HALF = BITS == 2 ? 8 : 4;
-  Decoder<BITS, true, false> values;
+  LaneTable values;
   Shared<uint> rows;
   // Of the lane, in bytes.
   uint place;
 
-  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint> memory, uint lane)
-      : values(low_first, low_second, high_first, high_second, memory, lane), rows(memory),
-        place(lane * (BITS == 2 ? 8 : 4)) {}
+  Decoder(uint4 table, Shared<uint> memory, uint lane)
+      : values(weight_values<BITS>(table, lane)), rows(memory), place(lane * (BITS == 2 ? 8 : 4)) {}
 
   // Half a row at a time, in an order in which lanes beside each other write to all banks.
   template <int THREADS>
   void fill(uint index) const {
     for (uint i = index; i < 512; i += THREADS) {
-      uint byte = i / 2, first = values.table.lanes.at(BITS == 3 ? byte % 8 : byte % 16);
-      uint second = values.table.lanes.at(BITS == 3 ? byte / 8 % 8 : byte / 16);
+      uint byte = i / 2, first = values.at(BITS == 3 ? byte % 8 : byte % 16);
+      uint second = values.at(BITS == 3 ? byte / 8 % 8 : byte / 16);
       uint one = BITS == 2 ? first : join_bits(first, second), two = BITS == 2 ? second : one;
       UNROLL
       for (uint j = 0; j < uint(HALF); j++) {
@@ -222,26 +204,23 @@ struct Decoder<BITS, true, true> {
 template <int BITS>
 struct Decoder<BITS, false, true> {
   CONSTANT int WORDS = PairTable<BITS>::WORDS;
-  Table values;
-  PairTable<BITS> table;
+  LaneTable values;
+  PairTable<BITS> pairs;
 
-  Decoder(uint low_first, uint low_second, uint high_first, uint high_second, Shared<uint> memory, uint lane)
-      : values{{low_first, low_second}, {high_first, high_second}, {}}, table(memory, lane) {
-    values.lanes = LaneTable(values.half_of(lane % 8) ^ (BITS == 4 && lane % 16 >= 8 ? 0x8000u : 0u));
-  }
+  Decoder(uint4 table, Shared<uint> memory, uint lane) : values(weight_values<BITS>(table, lane)), pairs(memory, lane) {}
 
   template <int THREADS>
   void fill(uint index) const {
-    table.template fill<THREADS / 32>(values.lanes, index / 32, index % 32);
+    pairs.template fill<THREADS / 32>(values, index / 32, index % 32);
   }
 
   uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
-    uint codes[1] = {pairs_of_plane(words, unit, q)}, pairs[4];
+    uint codes[1] = {pairs_of_plane(words, unit, q)}, found[4];
     UNROLL
     for (int i = 0; i < 4; i++) {
-      pairs[i] = table.at(placed<PairTable<BITS>::PLACE, 2 * BITS>(codes, BITS == 2 ? q % 2 * 16 + 4 * i : 8 * i));
+      found[i] = pairs.at(placed<PairTable<BITS>::PLACE, 2 * BITS>(codes, BITS == 2 ? q % 2 * 16 + 4 * i : 8 * i));
     }
-    return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+    return uint4{found[0], found[1], found[2], found[3]};
   }
 };
 #endif

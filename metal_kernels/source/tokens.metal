@@ -97,81 +97,34 @@ inline float scale_factor() {
 
 // Lanes hold the values of all codes, in their order; of 4 bits the table has the negative ones, from the nearest to zero.
 template <int BITS>
-inline Table load_token_table(Device<const uint> table, uint lane) {
-  Table loaded = load_bytes(table);
+inline LaneTable token_values(Device<const uint> table, uint lane) {
   bool positive = BITS == 4 && lane % 16 >= 8;
   uint index = BITS == 4 && !positive ? 7 - lane % 8 : lane % 8;
-  loaded.lanes = LaneTable(loaded.half_of(index) ^ (positive ? 0x8000u : 0u));
-  return loaded;
+  return LaneTable(half_of(uint4{table[0], table[1], table[2], table[3]}, index) ^ (positive ? 0x8000u : 0u));
 }
 
-// Twice four codes, in the low bits of `one` and `two`, as halves: two pairs each; table as `load_token_table` gives it.
+// Twice four codes, in the low bits of `one` and `two`, as halves: two pairs each; values as `token_values` gives them.
 template <int BITS, bool NVIDIA>
 struct TokenDecoder {
-  static uint4 decode(uint one, uint two, const thread Table& table) {
+  static uint4 decode(uint one, uint two, const thread LaneTable& values) {
     if (BITS == 8) {
       Pairs first = even_values(one), second = even_values(two);
       return uint4{first.first, first.second, second.first, second.second};
     }
     constexpr uint MASK = (1u << BITS) - 1;
-    return look_up<BITS, 1>(join_bits(one, two), MASK | (MASK << 16), false, table);
+    return look_up<BITS, 1>(join_bits(one, two), MASK | (MASK << 16), false, values);
   }
 };
 
 #ifdef NVIDIA_INSTRUCTIONS
-// Of both halves, the low four codes, each to the low bits of a nibble of its own.
-template <int BITS>
-inline uint spread(uint codes) {
-  if (BITS == 2) {
-    uint bytes = select_bits(0x000f000fu, codes, codes << 4);
-    return select_bits(0x03030303u, bytes, bytes << 2) & 0x33333333u;
-  }
-  if (BITS == 3) {
-    uint bytes = select_bits(0x003f003fu, codes, codes << 2);
-    return select_bits(0x07070707u, bytes, bytes << 1) & 0x77777777u;
-  }
-  return codes;
-}
-
-// By byte permutation: the values' low bytes, their high bytes, and the two interleaved. The table of 4 bits has the
-// negative magnitudes, whose signs the upper half of the codes turns.
-template <int BITS>
-struct TokenDecoder<BITS, true> {
-  static uint4 decode(uint one, uint two, const thread Table& table) {
-    if (BITS == 8) {
-      Pairs first = even(one), second = even(two);
-      return uint4{first.first, first.second, second.first, second.second};
-    }
-    uint selectors = spread<BITS>(byte_permute(one, two, 0x5410u)), turned[2] = {0, 0};
-    if (BITS == 4) {
-      uint upper = selectors & 0x88888888u;
-      selectors = (selectors ^ ((upper >> 3) ^ 0x11111111u) * 7u) & 0x77777777u;
-      turned[0] = signs_of(upper);
-      turned[1] = signs_of(upper >> 16);
-    }
-    uint4 pairs;
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-      uint selector = selectors >> (16 * i);
-      uint low_bytes = byte_permute(table.low[0], table.low[1], selector);
-      uint high_bytes = byte_permute(table.high[0], table.high[1], selector) ^ turned[i];
-      uint early = byte_permute(low_bytes, high_bytes, 0x5140u), late = byte_permute(low_bytes, high_bytes, 0x7362u);
-      if (i == 0) {
-        pairs.x = early;
-        pairs.y = late;
-      } else {
-        pairs.z = early;
-        pairs.w = late;
-      }
-    }
-    return pairs;
+template <>
+struct TokenDecoder<8, true> {
+  static uint4 decode(uint one, uint two, const thread LaneTable&) {
+    Pairs first = even(one), second = even(two);
+    return uint4{first.first, first.second, second.first, second.second};
   }
 
  private:
-  static uint signs_of(uint upper) {
-    return (byte_permute(0x80u, 0, upper) << 1) & 0x80808080u;
-  }
-
   static Pairs even(uint codes) {
     uint first = add_pairs(byte_permute(codes, 0x64646464u, 0x4140u), 0xe400e400u);
     uint second = add_pairs(byte_permute(codes, 0x64646464u, 0x4342u), 0xe400e400u);
@@ -235,9 +188,9 @@ struct TokenRun {
   }
 
   // Values 8c to 8c + 7 of which a run may lack the last four, to be multiplied by `factor`.
-  uint4 eight(int c, const thread Table& table) const {
+  uint4 eight(int c, const thread LaneTable& values) const {
     bool whole = 8 * c + 4 < COUNT;
-    uint4 all = TokenDecoder<BITS, false>::decode(codes.four(2 * c), whole ? codes.four(2 * c + 1) : 0, table);
+    uint4 all = TokenDecoder<BITS, false>::decode(codes.four(2 * c), whole ? codes.four(2 * c + 1) : 0, values);
     if (ONE_SCALE) {
       return all;
     }
@@ -257,8 +210,8 @@ struct TokenRun {
 
   // Values 4c to 4c + 3 of this token, and of another one: two pairs each.
   template <bool NVIDIA>
-  uint4 values_with(const thread TokenRun& other, int c, const thread Table& table) const {
-    uint4 all = TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), other.codes.four(c), table);
+  uint4 values_with(const thread TokenRun& other, int c, const thread LaneTable& values) const {
+    uint4 all = TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), other.codes.four(c), values);
     uint mine = scales_of(c), others = other.scales_of(c);
     return uint4{multiply_pairs(all.x, mine), multiply_pairs(all.y, mine), multiply_pairs(all.z, others),
                  multiply_pairs(all.w, others)};

@@ -253,7 +253,7 @@ FAULTS = {
     "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
     "a wrong stride": (MATVEC, "sum += partial[(s * 16", "sum += partial[(s * 15"),
     "a wrong lane looked up": (MATVEC, "at(upper_bits(two))", "at(upper_bits(two) ^ 1)"),
-    "a look-up that some lanes skip": (MATVEC, "uint first = table", "uint first = two % 16 == 0 ? 0 : table"),
+    "a look-up that some lanes skip": (MATVEC, "uint first = values_of", "uint first = two % 16 == 0 ? 0 : values_of"),
 }
 NVIDIA_FAULTS = {
     "a table read before it is there": (MATVEC, "if (NVIDIA) {\nbarrier();\n}\n", ""),

@@ -14,7 +14,7 @@ CONSTANTS = {
 }  # fmt: skip
 DTYPES = (mx.float16, mx.uint32, mx.bfloat16)
 FAULTS = {
-    "an address space left out": ("const thread Table& table", "const Table& table", "without an address space"),
+    "an address space left out": ("const thread LaneTable& values_of", "const LaneTable& values_of", "without an address space"),
     "a pointer to another space": (
         "inline uint load_pair(Device<const half> at)", "inline uint load_pair(Shared<const half> at)",
         "no matching function for call to 'load_pair'",
