@@ -81,11 +81,11 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         return _turned_pairs(x, weight, chosen, times, shape, gpu)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
-    constants = matvec.constants(weight, ready, x.dtype, columns=ready.parts) | matvec.shapes(weight, ready.n)
+    walk = matvec.walk_of(weight, chosen.size)
+    constants = matvec.constants(weight, ready, x.dtype, ready.parts, walk) | matvec.shapes(weight, ready.n)
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
-    inputs = [ready.halves, weight.words, chosen]
-    groups, threads = (matvec.groups_of(weight), chosen.size), matvec.threads_of(weight)
-    return PAIRS.launch(inputs, [(shape, x.dtype)], groups, threads, constants)[0]
+    inputs, out = [ready.halves, weight.words, chosen], (shape, x.dtype)
+    return PAIRS.launch(inputs, [out], (walk.groups, chosen.size), walk.threads, constants)[0]
 
 
 def _turned_pairs(
@@ -100,28 +100,27 @@ def _turned_pairs(
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [x, weight.words, chosen]
     out, groups = (shape, x.dtype), (walk.groups, chosen.size)
-    return TURNED_PAIRS.launch(inputs, [out], groups, turned_product.threads_of(weight, gpu), constants)[0]
+    return TURNED_PAIRS.launch(inputs, [out], groups, walk.threads, constants)[0]
 
 
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
     """Rows of one expert at a time."""
     x, chosen = _all_rows(x, indices)
     ready = hadamard.prepare(x, weight.fixed, weight.block)
-    if chosen.size >= MATRIX_ROWS * weight.experts:
-        kernel, shape = MATMUL, matmul.SHAPES[gpu]
-        constants = matmul.constants(weight, ready, shape, x.dtype)
-        columns, threads, step = shape.columns, shape.threads, shape.tiles * shape.row_groups
+    many, shape = chosen.size >= MATRIX_ROWS * weight.experts, matmul.SHAPES[gpu]
+    columns = shape.columns if many else matvec.COLUMNS
+    blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
+    if many:
+        kernel, constants = MATMUL, matmul.constants(weight, ready, shape, x.dtype)
+        groups, threads = matmul.groups_of(weight, shape), shape.threads
     else:
-        kernel = SEGMENTS
-        columns = matvec.COLUMNS
-        threads, step = matvec.threads_of(weight), matvec.teams_of(weight)
-        constants = matvec.constants(weight, ready, x.dtype, columns)
+        walk = matvec.walk_of(weight, blocks)
+        kernel, constants = SEGMENTS, matvec.constants(weight, ready, x.dtype, columns, walk)
+        groups, threads = walk.groups, walk.threads
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
-    inputs = [ready.halves, weight.words, first_rows, first_blocks]
-    blocks = min(-(-ready.n * ready.parts // columns) + weight.experts, ready.n)
-    out, groups = ((chosen.size, weight.rows), x.dtype), (-(-weight.tiles // step), blocks)
-    y = kernel.launch(inputs, [out], groups, threads, constants | {"EXPERTS": weight.experts})[0]
+    inputs, out = [ready.halves, weight.words, first_rows, first_blocks], ((chosen.size, weight.rows), x.dtype)
+    y = kernel.launch(inputs, [out], (groups, blocks), threads, constants | {"EXPERTS": weight.experts})[0]
     return y.reshape(*indices.shape, -1, weight.rows)
 
 

@@ -45,10 +45,15 @@ def matmul(
 ) -> mx.array:
     """x (n, width), made ready by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
     shape = shape or SHAPES[dialect]
-    groups = (-(-weight.tiles // (shape.tiles * shape.row_groups)), -(-x.n * x.parts // shape.columns))
+    groups = groups_of(weight, shape), -(-x.n * x.parts // shape.columns)
     inputs = [x.halves, weight.words]
     out = ((x.n, weight.rows), dtype)
     return MATMUL.launch(inputs, [out], groups, shape.threads, constants(weight, x, shape, dtype))[0]
+
+
+def groups_of(weight: TileWeight, shape: Shape) -> int:
+    """Threadgroups that share out a weight's tiles."""
+    return -(-weight.tiles // (shape.tiles * shape.row_groups))
 
 
 def constants(weight: TileWeight, x: Activations, shape: Shape, dtype: mx.Dtype) -> dict[str, int | bool | mx.Dtype]:

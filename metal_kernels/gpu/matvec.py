@@ -1,6 +1,6 @@
 """Products of few rows of activations with a weight in tiles."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -12,6 +12,8 @@ COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
 SIMDGROUPS = 8
 """Of a threadgroup on NVIDIA."""
+RESIDENT = 396
+"""Threadgroups that run at once there: registers are enough for three on each of an H100's multiprocessors."""
 FEW_TILES, MOST_TILES = 640, 2048
 """Up to so many tiles many slices of each fill a GPU, or some; beyond them tiles do, and sums need less joining."""
 
@@ -26,37 +28,45 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 """With nothing to add, and one array less, for which MLX takes time."""
 
 
-def slices_of(weight: TileWeight) -> int:
-    """Simdgroups that share out a row's blocks of columns: as many as were fastest on an H200, in calls one by one."""
-    slices = SIMDGROUPS if weight.tiles <= FEW_TILES else SIMDGROUPS // 2 if weight.tiles <= MOST_TILES else 2
-    return min(slices, weight.blocks)
+@dataclass(frozen=True)
+class Walk:
+    """How `tiles` are shared out: in each of `groups` threadgroups `teams` of `slices` simdgroups take them in turn."""
+
+    tiles: int
+    groups: int
+    teams: int
+    slices: int
+
+    @property
+    def threads(self) -> int:
+        """Of a threadgroup."""
+        return SIMD * self.teams * self.slices
+
+    @property
+    def constants(self) -> dict[str, int | bool | mx.Dtype]:
+        """The compile-time values of walking so."""
+        return {"SLICES": self.slices, "TEAMS": self.teams, "WALKS": self.groups * self.teams < self.tiles}
 
 
-def teams_of(weight: TileWeight) -> int:
-    """Tiles that a threadgroup takes: on NVIDIA its simdgroups share a table."""
-    return max(1, SIMDGROUPS // slices_of(weight)) if weight.nvidia else 1
+def walk_of(weight: TileWeight, walkers: int = 1) -> Walk:
+    """The walk over a weight's tiles that was fastest on an H200, in calls one by one, where `walkers` go at once.
+
+    On NVIDIA a threadgroup's simdgroups share a table, and there are no more threadgroups than run at once.
+    """
+    tiles = weight.tiles
+    slices = SIMDGROUPS if tiles <= FEW_TILES else SIMDGROUPS // 2 if tiles <= MOST_TILES else 2
+    slices = min(slices, weight.blocks)
+    if not weight.nvidia:
+        return Walk(tiles, tiles, 1, slices)
+    teams = max(1, SIMDGROUPS // slices)
+    return Walk(tiles, min(-(-tiles // teams), max(1, RESIDENT // walkers)), teams, slices)
 
 
-def groups_of(weight: TileWeight) -> int:
-    """Threadgroups that share out a weight's tiles."""
-    return -(-weight.tiles // teams_of(weight))
-
-
-def threads_of(weight: TileWeight) -> int:
-    """Threads of each."""
-    return SIMD * slices_of(weight) * teams_of(weight)
-
-
-def constants(weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int) -> dict[str, int | bool | mx.Dtype]:
+def constants(
+    weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int, walk: Walk
+) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values but `shapes`; columns, 1, 2, 4 or 8: rows of halves for a decoded weight."""
-    return {
-        **weight.constants,
-        **x.constants,
-        "SLICES": slices_of(weight),
-        "TEAMS": teams_of(weight),
-        "COLUMNS": columns,
-        "T": dtype,
-    }
+    return {**weight.constants, **x.constants, **walk.constants, "COLUMNS": columns, "T": dtype}
 
 
 def shapes(weight: TileWeight, n: int) -> dict[str, int | bool | mx.Dtype]:
@@ -70,9 +80,10 @@ def matvec(x: Activations, weight: TileWeight, dtype: mx.Dtype, added: mx.array 
     In `dtype`, which is that of `added`.
     """
     columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
-    values = constants(weight, x, dtype, columns) | shapes(weight, x.n)
+    turns = -(-x.n * x.parts // columns)
+    walk = walk_of(weight, turns)
+    values = constants(weight, x, dtype, columns, walk) | shapes(weight, x.n)
     values["ADDED"] = 0 if added is None else len(added)
-    groups = groups_of(weight), -(-x.n * x.parts // columns)
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
-    inputs = [x.halves, weight.words, *more]
-    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads_of(weight), values)[0]
+    inputs, out = [x.halves, weight.words, *more], ((x.n, weight.rows), dtype)
+    return kernel.launch(inputs, [out], (walk.groups, turns), walk.threads, values)[0]

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
-from metal_kernels.gpu.matvec import COLUMNS, shapes
+from metal_kernels.gpu.matvec import COLUMNS, Walk, shapes
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
@@ -89,12 +89,7 @@ def turned_product(
     inputs = [x, *besides[:1], weight.words, *besides[1:]]
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(n, x.dtype, weight, gpu) | more
-    return kernel.launch(inputs, [out], (walk.groups, 1), threads_of(weight, gpu), settings)[0]
-
-
-def threads_of(weight: TileWeight, gpu: Dialect) -> int:
-    """Threads of a threadgroup."""
-    return SIMD * _layout(weight, gpu).simdgroups
+    return kernel.launch(inputs, [out], (walk.groups, 1), walk.threads, settings)[0]
 
 
 def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
@@ -109,20 +104,6 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
     } | weight.constants | shapes(weight, n)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Walk:
-    """How tiles are shared out: `teams` of `slices` simdgroups in each of `groups` threadgroups take one at a time."""
-
-    groups: int
-    teams: int
-    slices: int
-
-    @property
-    def constants(self) -> dict[str, int | bool | mx.Dtype]:
-        """The compile-time values of walking so."""
-        return {"SLICES": self.slices, "TEAMS": self.teams, "THREADGROUPS": self.groups}
-
-
 def walk_of(weight: TileWeight, gpu: Dialect, walkers: int = 1, gates: bool = False) -> Walk:
     """The walk over a weight's tiles, or pairs of them, that should be done first where `walkers` go at once."""
     tiles, each = (weight.tiles // 2, 2) if gates else (weight.tiles, 1)
@@ -132,7 +113,7 @@ def walk_of(weight: TileWeight, gpu: Dialect, walkers: int = 1, gates: bool = Fa
     for slices in (16, 8, 4, 2):
         if teams := simdgroups // slices:
             turns = -(-tiles // (groups * teams))
-            walks.append((turns * (each * -(-blocks // slices) + TURN_COST), Walk(groups, teams, slices)))
+            walks.append((turns * (each * -(-blocks // slices) + TURN_COST), Walk(tiles, groups, teams, slices)))
     return min(walks, key=lambda walk: walk[0])[1]
 
 

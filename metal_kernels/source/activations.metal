@@ -1,7 +1,15 @@
-// Where activations made ready for products lie: one array of rows of `padded` halves, then what restores the rows.
+// Activations: of two products, and made ready for others, in one array of rows of `padded` halves, then what restores the
+// rows.
 #pragma once
 
 namespace turboquant {
+
+// silu(value) * up, each step in the activations' own precision, as MLX rounds it.
+template <typename T>
+inline float gate(float value, float up) {
+  float weight = rounded<T>(1 / (1 + power_of_two(-1.44269504f * value)));
+  return rounded<T>(rounded<T>(value * weight) * up);
+}
 
 // Row after row; or by 32 columns, those of all rows side by side, which a simdgroup reads at once; or in pieces of 64 rows
 // and 64 columns, which follow each other in the order of columns, then of rows. A line of a piece is a row, its columns

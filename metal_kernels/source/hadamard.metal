@@ -16,13 +16,6 @@ inline Device<const uint> signs_of(Device<const uint> fixed) {
 
 CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
 
-// silu(value) * up, each step in the activations' own precision, as MLX rounds it.
-template <typename T>
-inline float gate(float value, float up) {
-  float weight = rounded<T>(1 / (1 + power_of_two(-1.44269504f * value)));
-  return rounded<T>(rounded<T>(value * weight) * up);
-}
-
 // What decides a row's scale: the sum of its squares, before it is normalised, and the greatest size of a value.
 struct Measure {
   float squares, most;

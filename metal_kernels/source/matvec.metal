@@ -229,48 +229,46 @@ struct Scales {
   }
 };
 
-// Where a lane's share of a block lies.
-struct Place {
-  Device<const uint> codes;
-  Device<const half> factors;
-};
-
 // A lane's share of one block of one tile, and where to find the next.
 template <int BITS, int GROUP>
 struct Block {
   CONSTANT int GROUPS = groups_of_block(GROUP);
-  Place place;
+  Device<const uint> codes;
+  Device<const half> factors;
   Words<BITS> words;
   Scales<GROUPS> scales;
 
   Block(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane)
-      : place(place_of(weight, tile, block, lane)) {}
+      : codes(weight.codes), factors(weight.scales()) {
+    go_to(weight, tile, block, lane);
+  }
 
-  static Place place_of(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane) {
-    return Place{weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane,
-                 weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)};
+  void go_to(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane) {
+    codes = weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane;
+    factors = weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS);
   }
 
   void load() {
-    words = load_words<BITS>(place.codes);
-    scales.load(place.factors);
+    words = load_words<BITS>(codes);
+    scales.load(factors);
   }
 
   void advance(uint by) {
-    place.codes = place.codes + by * (128 * BITS);
-    place.factors = place.factors + (GROUP ? by * (16 * GROUPS) : 0);
+    codes = codes + by * (128 * BITS);
+    factors = factors + (GROUP ? by * (16 * GROUPS) : 0);
   }
 };
 
 // Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. At the
-// end it is, and has loaded, what lies at `after`, if anything `follows`. GROUP 0: one scale a row, applied at the end.
-template <int BITS, int GROUP, int SLICES, int COLUMNS, bool NVIDIA, typename X>
+// end it is, and has loaded, that of tile `after`, if FOLLOWED by one before `end`. GROUP 0: one scale a row, applied at the end.
+template <int BITS, int GROUP, int SLICES, bool FOLLOWED, int COLUMNS, bool NVIDIA, typename X>
 inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
-                            const thread Decoder<BITS, true, NVIDIA>& decoder, uint slice, uint blocks, uint lane, bool follows,
-                            const thread Place& after, thread Sums<COLUMNS, NVIDIA>& total) {
+                            const thread Decoder<BITS, true, NVIDIA>& decoder, const thread Weight<BITS, GROUP>& weight,
+                            uint slice, uint lane, uint after, uint end, thread Sums<COLUMNS, NVIDIA>& total) {
   constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
   constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
   constexpr uint ONES = 0x3c003c00u;
+  uint blocks = weight.blocks;
   Sums<COLUMNS, NVIDIA> group;
   group.clear();
   Activations<COLUMNS, NVIDIA> coming[AHEAD];
@@ -285,10 +283,10 @@ inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOf
     Words<BITS> words = next.words;
     Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
     next.advance(SLICES);
-    if (!more && follows) {
-      next.place = after;
+    if (FOLLOWED && !more) {
+      next.go_to(weight, after, slice, lane);
     }
-    if (more || follows) {
+    if (more || (FOLLOWED && after < end)) {
       next.load();
     }
     Activations<COLUMNS, NVIDIA> now;
@@ -361,36 +359,81 @@ struct Result {
   }
 };
 
-// Columns `group_y` of x, made ready before as some of `held`, times tiles from `group_x * TEAMS` on, each by SLICES simdgroups.
-template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, typename RESULT>
-inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight,
-                   const thread Decoder<BITS, true, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial, uint held, uint columns, uint group_x, uint group_y,
-                   uint index) {
-  constexpr uint TEAM = 32 * SLICES;
-  uint lane = index % 32, slice = index % TEAM / 32, tile = group_x * TEAMS + index / TEAM;
-  bool there = tile < weight.tiles;
-  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
-  uint blocks = there ? weight.blocks : 0;
-  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> x_rows(x, 32, held, first, end, lane);
-  Block<BITS, GROUP> next(weight, there ? tile : 0, slice, lane);
-  if (slice < blocks) {
-    next.load();
+// TEAMS tiles at a time, each by SLICES simdgroups, of which each threadgroup takes tile `group` and every `groups`-th after
+// it; with WALKS there are more than one. PAIRED: the first half of the tiles are gates of the second, and
+// gate(first, second) is the result.
+template <int BITS, int GROUP, int SLICES, int TEAMS, int COLUMNS, bool NVIDIA, bool WALKS, bool PAIRED>
+struct TileWalk {
+  CONSTANT uint TEAM = 32 * SLICES, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
+  Weight<BITS, GROUP> weight;
+  Decoder<BITS, true, NVIDIA> decoder;
+  uint groups, team, slice, lane, tile, end;
+  Block<BITS, GROUP> next;
+
+  // What is decoded first is on its way, and the decoder ready after a barrier.
+  TileWalk(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& decoding, uint group,
+           uint all_groups, uint index)
+      : weight(all), decoder(decoding), groups(all_groups), team(index / TEAM), slice(index % TEAM / 32),
+        lane(index % 32), tile(group + team * groups), end(weight.tiles / EACH), next(weight, tile, slice, lane) {
+    if (slice < weight.blocks && tile < end) {
+      next.load();
+    }
+    decoder.template fill<TEAM * TEAMS>(index);
   }
-  decoder.template fill<TEAM * TEAMS>(index);
+
+  // One team's sums of tile `tile`, and of its pair, to `partial`; what comes after them is on its way.
+  template <typename X>
+  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) {
+    UNROLL
+    for (uint j = 0; j < EACH; j++) {
+      bool paired = j + 1 < EACH;
+      uint after = tile + (paired ? end : groups * TEAMS);
+      Sums<COLUMNS, NVIDIA> total;
+      total.clear();
+      multiply_blocks<BITS, GROUP, SLICES, WALKS || PAIRED>(next, x, decoder, weight, slice, lane, after,
+                                                            paired ? weight.tiles : end, total);
+      store_sums<GROUP>(total, weight.scales(), partial + j * PARTIAL, tile + j * end, slice, lane);
+    }
+  }
+
+  // Products with `columns` columns, whose outputs begin with `first`; partial (TEAMS, EACH, SLICES, 16, COLUMNS).
+  template <int PARTS, typename T, typename X, typename RESULT>
+  void multiply(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial, const thread RESULT& result,
+                uint first, uint columns) {
+    Shared<float> mine = partial + team * EACH * PARTIAL;
+    do {
+      if (tile < end) {
+        add_up(x, mine);
+      }
+      barrier();
+      for (uint i = slice * 32 + lane; tile < end && i < 16 * columns / PARTS; i += TEAM) {
+        uint row = i % 16, output = first + i / 16;
+        float value = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine, row, i / 16), output);
+        if (PAIRED) {
+          float up = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine + PARTIAL, row, i / 16), output);
+          value = gate<T>(value, up);
+        }
+        result.write(16 * tile + row, output, value);
+      }
+      barrier();
+      tile += groups * TEAMS;
+    } while (WALKS && tile - team * groups < end);
+  }
+};
+
+// Columns `group_y` of x, made ready before as some of `held`, times a weight.
+template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, bool WALKS, typename T,
+          typename RESULT>
+inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight,
+                   const thread Decoder<BITS, true, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial,
+                   uint held, uint columns, uint group_x, uint groups, uint group_y, uint index) {
+  TileWalk<BITS, GROUP, SLICES, TEAMS, COLUMNS, NVIDIA, WALKS, false> walk(weight, decoder, group_x, groups, index);
+  uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
+  RowsOfLane<COLUMNS, NVIDIA, Device<const half>> rows(x, 32, held, first, end, index % 32);
   if (NVIDIA) {
     barrier();
   }
-  Sums<COLUMNS, NVIDIA> total;
-  total.clear();
-  multiply_blocks<BITS, GROUP, SLICES>(next, x_rows, decoder, slice, blocks, lane, false, next.place, total);
-  Shared<float> mine = partial + index / TEAM * (SLICES * 16 * COLUMNS);
-  store_sums<GROUP>(total, weight.scales(), mine, there ? tile : 0, slice, lane);
-  barrier();
-  for (uint i = index % TEAM; there && i < 16 * (end - first) / PARTS; i += TEAM) {
-    uint output = first / PARTS + i / 16;
-    float sum = add_slices<SLICES, PARTS, COLUMNS>(mine, i % 16, i / 16);
-    result.write(16 * tile + i % 16, output, result.scaled(sum, output));
-  }
+  walk.template multiply<PARTS, T>(rows, partial, result, first / PARTS, end - first);
 }
 
 } // namespace turboquant

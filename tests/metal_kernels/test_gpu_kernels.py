@@ -243,7 +243,7 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str], gpu: Dialect) 
 
 MATVEC, ROTATE = "turboquant_matvec_alone", "turboquant_rotate"
 FAULTS = {
-    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = index % TEAM", "for (uint i = index % TEAM"),
+    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = slice", "for (uint i = slice"),
     "a wrong shuffle distance": (
         ROTATE,
         "other = shuffle_xor(value, distance)",

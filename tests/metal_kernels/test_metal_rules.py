@@ -9,12 +9,14 @@ from tests.metal_kernels.host import metal_rules
 
 CONSTANTS = {
     "BITS": 3, "GROUP": 32, "SLICES": 2, "PARTS": 1, "SCALED": True, "COLUMNS": 4, "NVIDIA": False, "SPARE": 0,
-    "ADDED": 1, "ALL_TILES": 3, "BLOCKS": 2, "COUNT": 4, "TEAMS": 1, "LOW0": 0, "LOW1": 0, "HIGH0": 0, "HIGH1": 0,
-    "T": mx.bfloat16,
+    "ADDED": 1, "ALL_TILES": 3, "BLOCKS": 2, "COUNT": 4, "TEAMS": 1, "WALKS": True,
+    "LOW0": 0, "LOW1": 0, "HIGH0": 0, "HIGH1": 0, "T": mx.bfloat16,
 }  # fmt: skip
 DTYPES = (mx.float16, mx.uint32, mx.bfloat16)
 FAULTS = {
-    "an address space left out": ("const thread LaneTable& values_of", "const LaneTable& values_of", "without an address space"),
+    "an address space left out": (
+        "const thread LaneTable& values_of", "const LaneTable& values_of", "without an address space",
+    ),
     "a pointer to another space": (
         "inline uint load_pair(Device<const half> at)", "inline uint load_pair(Shared<const half> at)",
         "no matching function for call to 'load_pair'",
