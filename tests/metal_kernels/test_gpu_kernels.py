@@ -94,6 +94,7 @@ def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dty
 
 ODD_SHAPES = [
     # rows, width, rows of activations, bits, group
+    (81, 1120, 5, 3, 32),
     (1, 32, 1, 3, 32),
     (15, 96, 17, 2, 32),
     (17, 288, 3, 4, 0),
@@ -104,7 +105,11 @@ ODD_SHAPES = [
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("metal", mx.float16), ("cuda", mx.bfloat16)], ids=str)
-def test_odd_shapes_of_strided_activations_equal_the_reference(tmp_path: Path, gpu: Gpu, dtype: mx.Dtype) -> None:
+def test_odd_shapes_of_strided_activations_equal_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, dtype: mx.Dtype
+) -> None:
+    """Some of them by one threadgroup, tile after tile."""
+    monkeypatch.setattr(matvec, "RESIDENT", 1)
     made = [(case, *odd_case(*case, dtype, gpu)) for case in ODD_SHAPES]
 
     def run() -> list[mx.array]:
@@ -144,6 +149,7 @@ def test_products_with_experts_equal_the_reference(
 ) -> None:
     monkeypatch.setitem(turned_product.MOST_WORK, gpu, most_work)
     monkeypatch.setattr(turned_product, "RESIDENT", 32)
+    monkeypatch.setattr(matvec, "RESIDENT", 1)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
     monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
     turn = mx.array(signs(WIDTH, 3))
