@@ -49,7 +49,7 @@ class Walk:
 
 
 def walk_of(weight: TileWeight, walkers: int = 1) -> Walk:
-    """The walk over a weight's tiles that was fastest on an H200, in calls one by one, where `walkers` go at once.
+    """The walk over a weight's tiles where `walkers` go at once, in as many slices as were fastest on an H200.
 
     On NVIDIA a threadgroup's simdgroups share a table, and there are no more threadgroups than run at once.
     """

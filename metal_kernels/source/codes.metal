@@ -35,7 +35,7 @@ inline Words<BITS> load_words(Device<const uint> at) {
   return words;
 }
 
-// Of 3 bits, the nibbles of plane q of a unit; their top bits are others'.
+// Of 3 bits, plane q of a unit, a code in each nibble.
 template <int BITS>
 inline uint nibbles_of_three(const thread Words<BITS>& words, int unit, int q) {
   uint first = words.at[BITS * unit], second = words.at[BITS * unit + 1], third = words.at[BITS * unit + BITS - 1];
