@@ -97,8 +97,8 @@ struct Results {
 template <int BITS, int GROUP, int TILES, int PIECES, int ROW_GROUPS, int COLUMN_GROUPS, int PARTS, bool NVIDIA,
           bool SCALED, typename T>
 inline void matmul(Device<const half> x, const thread Factors<SCALED>& restoring, const thread Weight<BITS, GROUP>& weight,
-                   const thread Decoder<BITS, false, NVIDIA>& decoder, Device<T> out, Shared<uint4> staged, uint held, uint columns, uint rows, uint group_x, uint group_y,
-                   uint index) {
+                   const thread Decoder<BITS, false, NVIDIA>& decoder, Device<T> out, Shared<uint4> staged, uint held,
+                   uint columns, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int COLUMNS = 8 * PIECES * COLUMN_GROUPS, THREADS = 32 * ROW_GROUPS * COLUMN_GROUPS;
   constexpr int EACH = GROUP ? GROUP : 256;
   using Unit = MatrixUnit<NVIDIA>;

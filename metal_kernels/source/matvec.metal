@@ -260,7 +260,8 @@ struct Block {
 };
 
 // Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. At the
-// end it is, and has loaded, that of tile `after`, if FOLLOWED by one before `end`. GROUP 0: one scale a row, applied at the end.
+// end it is, and has loaded, that of tile `after`, if FOLLOWED by one before `end`. GROUP 0: one scale a row, applied at
+// the end.
 template <int BITS, int GROUP, int SLICES, bool FOLLOWED, int COLUMNS, bool NVIDIA, typename X>
 inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
                             const thread Decoder<BITS, true, NVIDIA>& decoder, const thread Weight<BITS, GROUP>& weight,
@@ -415,7 +416,9 @@ struct TileWalk {
         }
         result.write(16 * tile + row, output, value);
       }
-      barrier();
+      if (WALKS) {
+        barrier();
+      }
       tile += groups * TEAMS;
     } while (WALKS && tile - team * groups < end);
   }

@@ -183,7 +183,8 @@ struct TokenRun {
   }
 
   uint scale_of(int c) const {
-    float factor = static_cast<float>(bytes_after(scales, 2 * (first_scale + (which * COUNT + 4 * c) / GROUP))[0]) * scale_factor<BITS>();
+    uint place = first_scale + (which * COUNT + 4 * c) / GROUP;
+    float factor = static_cast<float>(bytes_after(scales, 2 * place)[0]) * scale_factor<BITS>();
     return pack_halves(factor, factor);
   }
 
