@@ -22,8 +22,8 @@ import metal_kernels
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 ROUND_SECONDS, MOST_CALLS, ROUND, COUNTED = 16e-3, 1600, 5, 100_000
-STEPS, LEAST_RUNS = 50, 4
-"""Calls in a run of those that wait for each other, and so many runs at least."""
+STEPS = 50
+"""Calls in a run of those that wait for each other."""
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -42,7 +42,7 @@ Step = Callable[[mx.array, int], mx.array]
 """A call that makes of an array, and its number, what takes the array's place."""
 
 
-def microseconds(runs: Sequence[Run], calls: int = 20, turns: int = 12) -> list[float]:
+def microseconds(runs: Sequence[Run], calls: int = 20, turns: int = 8) -> list[float]:
     """Median microseconds of one call of each of `runs`, on a GPU of half the `turns`, a round of calls in each.
 
     They take turns, a round of each at a time, so that a machine whose speed drifts is the same for all; each round
@@ -108,7 +108,7 @@ def microseconds_in_turn(steps: Sequence[Step], x: mx.array, calls: int = 20) ->
     """
     if not on_gpu():
         return microseconds([partial(step, x) for step in steps], calls)
-    return [us / STEPS for us in microseconds([_in_turn(step, x) for step in steps], LEAST_RUNS)]
+    return [us / STEPS for us in microseconds([_in_turn(step, x) for step in steps], calls=1)]
 
 
 def _in_turn(step: Step, x: mx.array) -> Run:

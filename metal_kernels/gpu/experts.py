@@ -81,11 +81,11 @@ def _pairs(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.a
     if turned_product.fits(1, x.dtype, weight, gpu):
         return _turned_pairs(x, weight, chosen, times, shape, gpu)
     ready = hadamard.prepare(x.reshape(-1, weight.width), weight.fixed, weight.block)
-    walk = matvec.walk_of(weight, chosen.size)
-    constants = matvec.constants(weight, ready, x.dtype, ready.parts, walk) | matvec.shapes(weight, ready.n)
+    share = matvec.shares_of(weight, ready.parts, chosen.size)
+    constants = matvec.constants(weight, ready, x.dtype, ready.parts, share) | matvec.shapes(weight, ready.n)
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs, out = [ready.halves, weight.words, chosen], (shape, x.dtype)
-    return PAIRS.launch(inputs, [out], (walk.groups, chosen.size), walk.threads, constants)[0]
+    return PAIRS.launch(inputs, [out], (share.groups, chosen.size), share.threads, constants)[0]
 
 
 def _turned_pairs(
@@ -95,12 +95,12 @@ def _turned_pairs(
 
     Arrays keep their shapes, of which the kernel knows enough: MLX takes time for every change.
     """
-    walk = turned_product.walk_of(weight, gpu, chosen.size)
-    constants = turned_product.constants(1, x.dtype, weight, gpu) | walk.constants
+    share = turned_product.shares_of(1, x.dtype, weight, gpu, chosen.size)
+    constants = turned_product.constants(1, x.dtype, weight, gpu) | share.constants
     constants |= {"EXPERTS": weight.experts, "TIMES": times}
     inputs = [x, weight.words, chosen]
-    out, groups = (shape, x.dtype), (walk.groups, chosen.size)
-    return TURNED_PAIRS.launch(inputs, [out], groups, walk.threads, constants)[0]
+    out, groups = (shape, x.dtype), (share.groups, chosen.size)
+    return TURNED_PAIRS.launch(inputs, [out], groups, share.threads, constants)[0]
 
 
 def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> mx.array:
@@ -114,9 +114,9 @@ def _in_order(x: mx.array, weight: TileWeight, indices: mx.array, gpu: Gpu) -> m
         kernel, constants = MATMUL, matmul.constants(weight, ready, shape, x.dtype)
         groups, threads = matmul.groups_of(weight, shape), shape.threads
     else:
-        walk = matvec.walk_of(weight, blocks)
-        kernel, constants = SEGMENTS, matvec.constants(weight, ready, x.dtype, columns, walk)
-        groups, threads = walk.groups, walk.threads
+        share = matvec.shares_of(weight, columns, blocks)
+        kernel, constants = SEGMENTS, matvec.constants(weight, ready, x.dtype, columns, share)
+        groups, threads = share.groups, share.threads
     counts = (chosen[None] == mx.arange(weight.experts, dtype=mx.uint32)[:, None]).sum(axis=1)
     first_rows, first_blocks = _starts(counts), _starts((counts * ready.parts + columns - 1) // columns)
     inputs, out = [ready.halves, weight.words, first_rows, first_blocks], ((chosen.size, weight.rows), x.dtype)

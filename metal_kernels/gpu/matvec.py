@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.tiles import BYTE_TABLE, TileWeight
+from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 COLUMNS = 8
 """At most so many rows of halves share a decoded weight; more take several turns."""
-SIMDGROUPS = 8
-"""Of a threadgroup on NVIDIA."""
-RESIDENT = 396
-"""Threadgroups that run at once there: registers are enough for three on each of an H100's multiprocessors."""
+SIMDGROUPS = {2: 24, 3: 24, 4: 16}
+"""Of a threadgroup on NVIDIA, by bits: as many as were fastest on an H200."""
+MULTIPROCESSORS = 132
+"""Threadgroups that run at once there."""
+PARTIAL_SUMS = 24 * 4 * 16 * 8
+"""What threadgroup memory has room for."""
 FEW_TILES, MOST_TILES = 640, 2048
-"""Up to so many tiles many slices of each fill a GPU, or some; beyond them tiles do, and sums need less joining."""
+"""Up to so many tiles many simdgroups for each fill another GPU, or some; beyond them tiles do."""
 
 MATVEC = Kernel(
     name="turboquant_matvec",
@@ -29,44 +31,55 @@ ALONE = replace(MATVEC, name="turboquant_matvec_alone", inputs=MATVEC.inputs[:-1
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How `tiles` are shared out: in each of `groups` threadgroups `teams` of `slices` simdgroups take them in turn."""
+class Shares:
+    """How tiles are shared out: each of `groups` threadgroups takes a run of them, whose blocks its simdgroups share.
 
-    tiles: int
+    pieces: tiles of which a simdgroup has blocks, at most.
+    """
+
     groups: int
-    teams: int
-    slices: int
+    simdgroups: int
+    pieces: int
 
     @property
     def threads(self) -> int:
         """Of a threadgroup."""
-        return SIMD * self.teams * self.slices
+        return SIMD * self.simdgroups
 
     @property
     def constants(self) -> dict[str, int | bool | mx.Dtype]:
-        """The compile-time values of walking so."""
-        return {"SLICES": self.slices, "TEAMS": self.teams, "WALKS": self.groups * self.teams < self.tiles}
+        """The compile-time values of sharing so."""
+        return {"SIMDGROUPS": self.simdgroups, "PIECES": self.pieces}
 
 
-def walk_of(weight: TileWeight, walkers: int = 1) -> Walk:
-    """The walk over a weight's tiles where `walkers` go at once, in as many slices as were fastest on an H200.
+def shares(tiles: int, blocks: int, simdgroups: int, groups: int, most_pieces: int, each: int = 1) -> Shares:
+    """Of tiles of as many blocks, or of `each` that belong together, in `groups` threadgroups that run at once.
 
-    On NVIDIA a threadgroup's simdgroups share a table, and there are no more threadgroups than run at once.
+    Or in several times as many, where simdgroups would have more than `most_pieces`; `each` are always allowed.
     """
+    for count in range(groups, tiles + groups, groups):
+        most = each * -(-tiles // count)
+        pieces = min(most, (-(-most * blocks // simdgroups) - 2 + blocks) // blocks + 1)
+        if pieces <= most_pieces:
+            return Shares(min(count, tiles), simdgroups, pieces)
+    return Shares(tiles, simdgroups, each)
+
+
+def shares_of(weight: TileWeight, columns: int, at_once: int = 1) -> Shares:
+    """Of a weight's tiles, where as many columns, and `at_once` of such products, are multiplied at the same time."""
     tiles = weight.tiles
-    slices = SIMDGROUPS if tiles <= FEW_TILES else SIMDGROUPS // 2 if tiles <= MOST_TILES else 2
-    slices = min(slices, weight.blocks)
-    if not weight.nvidia:
-        return Walk(tiles, tiles, 1, slices)
-    teams = max(1, SIMDGROUPS // slices)
-    return Walk(tiles, min(-(-tiles // teams), max(1, RESIDENT // walkers)), teams, slices)
+    if weight.nvidia:
+        simdgroups, groups = SIMDGROUPS[weight.bits], max(1, MULTIPROCESSORS // at_once)
+        return shares(tiles, weight.blocks, simdgroups, groups, PARTIAL_SUMS // (simdgroups * TILE_ROWS * columns))
+    simdgroups = 8 if tiles <= FEW_TILES else 4 if tiles <= MOST_TILES else 2
+    return Shares(tiles, min(simdgroups, weight.blocks), 1)
 
 
 def constants(
-    weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int, walk: Walk
+    weight: TileWeight, x: Activations, dtype: mx.Dtype, columns: int, share: Shares
 ) -> dict[str, int | bool | mx.Dtype]:
     """The kernel's compile-time values but `shapes`; columns, 1, 2, 4 or 8: rows of halves for a decoded weight."""
-    return {**weight.constants, **x.constants, **walk.constants, "COLUMNS": columns, "T": dtype}
+    return {**weight.constants, **x.constants, **share.constants, "COLUMNS": columns, "T": dtype}
 
 
 def shapes(weight: TileWeight, n: int) -> dict[str, int | bool | mx.Dtype]:
@@ -81,9 +94,9 @@ def matvec(x: Activations, weight: TileWeight, dtype: mx.Dtype, added: mx.array 
     """
     columns = min(COLUMNS, 1 << (x.n * x.parts - 1).bit_length())
     turns = -(-x.n * x.parts // columns)
-    walk = walk_of(weight, turns)
-    values = constants(weight, x, dtype, columns, walk) | shapes(weight, x.n)
+    share = shares_of(weight, columns, turns)
+    values = constants(weight, x, dtype, columns, share) | shapes(weight, x.n)
     values["ADDED"] = 0 if added is None else len(added)
     kernel, more = (ALONE, []) if added is None else (MATVEC, [added])
     inputs, out = [x.halves, weight.words, *more], ((x.n, weight.rows), dtype)
-    return kernel.launch(inputs, [out], (walk.groups, turns), walk.threads, values)[0]
+    return kernel.launch(inputs, [out], (share.groups, turns), share.threads, values)[0]

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
-from metal_kernels.gpu.matvec import COLUMNS, Walk, shapes
+from metal_kernels.gpu.matvec import COLUMNS, Shares, shapes, shares
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
@@ -33,9 +33,9 @@ AT_ONCE = (32, 16, 8, 4)
 MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
 """Bytes of threadgroup memory."""
 RESIDENT = 2112
-"""Simdgroups that run at once: 16 for each of an H100's multiprocessors. Tiles beyond those come in turns."""
-TURN_COST = 2
-"""What the end of a turn costs, in blocks of a simdgroup."""
+"""Simdgroups that run at once: 16 for each of an H100's multiprocessors."""
+PIECES = 8
+"""Tiles' sums that a simdgroup has memory for, of all rows together, or two for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +80,16 @@ def turned_product(
     norm: x is normalised first. gates, see `gates_fit`: silu(y[:, :rows / 2]) * y[:, rows / 2:], (n, rows / 2), is
     returned.
     """
-    walk = walk_of(weight, gpu, gates=gates)
     more = {"KIND": NORMED if norm else PLAIN, "EPS": float_bits(norm.eps if norm else 0.0), "PAIRED": gates}
     n = first or len(x)
-    more |= {"ADDED": 0 if added is None else len(added)} | walk.constants
+    share = shares_of(n, x.dtype, weight, gpu, gates=gates)
+    more |= {"ADDED": 0 if added is None else len(added)} | share.constants
     besides = [*([norm.weight] if norm else []), *([] if added is None else [added])]
     kernel = (ALONE, ONE, TURNED_PRODUCT)[len(besides)]
     inputs = [x, *besides[:1], weight.words, *besides[1:]]
     out = ((n, weight.rows // 2 if gates else weight.rows), x.dtype)
     settings = constants(n, x.dtype, weight, gpu) | more
-    return kernel.launch(inputs, [out], (walk.groups, 1), walk.threads, settings)[0]
+    return kernel.launch(inputs, [out], (share.groups, 1), share.threads, settings)[0]
 
 
 def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict[str, int | bool | mx.Dtype]:
@@ -104,17 +104,14 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
     } | weight.constants | shapes(weight, n)  # fmt: skip
 
 
-def walk_of(weight: TileWeight, gpu: Dialect, walkers: int = 1, gates: bool = False) -> Walk:
-    """The walk over a weight's tiles, or pairs of them, that should be done first where `walkers` go at once."""
+def shares_of(
+    n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect, at_once: int = 1, gates: bool = False
+) -> Shares:
+    """Of a weight's tiles, or pairs of them, where n rows, and `at_once` of such products, are taken at a time."""
     tiles, each = (weight.tiles // 2, 2) if gates else (weight.tiles, 1)
-    simdgroups, blocks = _layout(weight, gpu).simdgroups, weight.blocks
-    groups = min(tiles, max(1, RESIDENT // simdgroups // walkers))
-    walks: list[tuple[int, Walk]] = []
-    for slices in (16, 8, 4, 2):
-        if teams := simdgroups // slices:
-            turns = -(-tiles // (groups * teams))
-            walks.append((turns * (each * -(-blocks // slices) + TURN_COST), Walk(tiles, groups, teams, slices)))
-    return min(walks, key=lambda walk: walk[0])[1]
+    simdgroups, rows = _layout(weight, gpu).simdgroups, _capacity(n) * _parts(dtype)
+    groups = max(1, RESIDENT // simdgroups // at_once)
+    return shares(tiles, weight.blocks, simdgroups, groups, max(2, PIECES // rows), each)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class _Layout:
     def nbytes(self, rows: int, padded: int, at_once: int) -> int:
         """Bytes of threadgroup memory for `rows` rows of halves; what a gap takes is at most an eighth."""
         turning = SIMD * self.simdgroups * min(at_once, self.values) * 9 // 8
-        floats = max(turning, 2 * self.simdgroups * TILE_ROWS * rows) + COLUMNS + 4 * self.simdgroups + 8
+        floats = max(turning, self.simdgroups * TILE_ROWS * max(PIECES, 2 * rows)) + COLUMNS + 4 * self.simdgroups + 8
         return 2 * rows * (padded + 32) + 4 * floats
 
 

@@ -1,9 +1,9 @@
 // Products of packed weights with COLUMNS columns of activations at a time: 1, 2, 4 or 8.
 //
-// A threadgroup takes a tile of 16 rows; its SLICES simdgroups share out the blocks of 256 columns and add their sums at
-// the end, in the same order every time. Activations come as halves, rows of whole blocks: a "column" of the
-// product is one such row; with PARTS = 2 two of them, high and low part, make one. Sums are float, and a group's
-// scale multiplies its sum.
+// A threadgroup takes a run of tiles of 16 rows; its simdgroups share out the run's blocks of 256 columns, in order and as
+// many each, and add what they have of the same tile at the end, in the same order every time. Activations come as
+// halves, rows of whole blocks: a "column" of the product is one such row; with PARTS = 2 two of them, high and low part,
+// make one. Sums are float, and a group's scale multiplies its sum.
 #pragma once
 
 #include "activations.metal"
@@ -239,14 +239,8 @@ struct Block {
   Scales<GROUPS> scales;
 
   Block(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane)
-      : codes(weight.codes), factors(weight.scales()) {
-    go_to(weight, tile, block, lane);
-  }
-
-  void go_to(const thread Weight<BITS, GROUP>& weight, uint tile, uint block, uint lane) {
-    codes = weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane;
-    factors = weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS);
-  }
+      : codes(weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane),
+        factors(weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
 
   void load() {
     words = load_words<BITS>(codes);
@@ -258,87 +252,6 @@ struct Block {
     factors = factors + (GROUP ? by * (16 * GROUPS) : 0);
   }
 };
-
-// Sums of one simdgroup, every SLICES-th block from `slice` on of a tile; `next` is there, and has loaded, the first. At the
-// end it is, and has loaded, that of tile `after`, if FOLLOWED by one before `end`. GROUP 0: one scale a row, applied at
-// the end.
-template <int BITS, int GROUP, int SLICES, bool FOLLOWED, int COLUMNS, bool NVIDIA, typename X>
-inline void multiply_blocks(thread Block<BITS, GROUP>& next, const thread RowsOfLane<COLUMNS, NVIDIA, X>& x,
-                            const thread Decoder<BITS, true, NVIDIA>& decoder, const thread Weight<BITS, GROUP>& weight,
-                            uint slice, uint lane, uint after, uint end, thread Sums<COLUMNS, NVIDIA>& total) {
-  constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH = GROUP ? GROUP : COLUMNS_OF_BLOCK;
-  constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
-  constexpr uint ONES = 0x3c003c00u;
-  uint blocks = weight.blocks;
-  Sums<COLUMNS, NVIDIA> group;
-  group.clear();
-  Activations<COLUMNS, NVIDIA> coming[AHEAD];
-  UNROLL
-  for (int i = 0; i < AHEAD; i++) {
-    if (slice < blocks) {
-      coming[i].load(x, slice * COLUMNS_OF_BLOCK + i * (32 * RUNS));
-    }
-  }
-  for (uint block = slice; block < blocks; block += SLICES) {
-    bool more = block + SLICES < blocks;
-    Words<BITS> words = next.words;
-    Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
-    next.advance(SLICES);
-    if (FOLLOWED && !more) {
-      next.go_to(weight, after, slice, lane);
-    }
-    if (more || (FOLLOWED && after < end)) {
-      next.load();
-    }
-    Activations<COLUMNS, NVIDIA> now;
-    UNROLL
-    for (int run = 0; run < 8; run++) {
-      if (run % RUNS == 0) {
-        int later = run + AHEAD * RUNS, place = run / RUNS % AHEAD;
-        now = coming[place];
-        if (later < 8 || more) {
-          coming[place].load(x, (later < 8 ? block : block + SLICES) * COLUMNS_OF_BLOCK + 32 * (later % 8));
-        }
-        loads_first();
-      }
-      UNROLL
-      for (int j = 0; j < 2; j++) {
-        group.add(decoder.decode(words, run / 2, 2 * (run % 2) + j), now, j);
-      }
-      if (RUNS > 1 || (GROUP != 0 && 32 * (run + 1) % EACH == 0)) {
-        total.add_scaled(group, GROUP ? factors.at[32 * run / EACH] : ONES, run, lane);
-        group.clear();
-      }
-    }
-  }
-  if (GROUP == 0 && RUNS == 1) {
-    total = group;
-  }
-}
-
-// Writes one simdgroup's sums of a tile where `add_slices` finds them.
-template <int GROUP, int COLUMNS, bool NVIDIA>
-inline void store_sums(const thread Sums<COLUMNS, NVIDIA>& total, Device<const half> scales, Shared<float> partial,
-                       uint tile, uint slice, uint lane) {
-  Sums<COLUMNS, NVIDIA> sums = total;
-  if (GROUP == 0) {
-    sums.scale(load_pair(scales + (tile * 8 + lane / 4) * 2));
-  }
-  sums.store(partial + slice * 16 * COLUMNS, lane);
-}
-
-// The sum of a row of a tile and an output over slices and parts, always in the same order.
-template <int SLICES, int PARTS, int COLUMNS>
-inline float add_slices(Shared<float> partial, uint row, uint output) {
-  float sum = 0;
-  for (int s = 0; s < SLICES; s++) {
-    UNROLL
-    for (int part = 0; part < PARTS; part++) {
-      sum += partial[(s * 16 + row) * COLUMNS + output * PARTS + part];
-    }
-  }
-  return sum;
-}
 
 // What becomes of sums: times the activations' factors, plus one of ADDED rows, or the one row for all.
 template <int ADDED, typename T, typename FACTORS>
@@ -360,83 +273,152 @@ struct Result {
   }
 };
 
-// TEAMS tiles at a time, each by SLICES simdgroups, of which each threadgroup takes tile `group` and every `groups`-th after
-// it; with WALKS there are more than one. PAIRED: the first half of the tiles are gates of the second, and
-// gate(first, second) is the result.
-template <int BITS, int GROUP, int SLICES, int TEAMS, int COLUMNS, bool NVIDIA, bool WALKS, bool PAIRED>
-struct TileWalk {
-  CONSTANT uint TEAM = 32 * SLICES, EACH = PAIRED ? 2 : 1, PARTIAL = SLICES * 16 * COLUMNS;
+// The tiles of threadgroup `group` of all, and the blocks of them that a simdgroup takes, of at most PIECES of them. PAIRED:
+// with each tile comes its pair from the second half of all, and gate(first, second) is the result.
+template <int BITS, int GROUP, int SIMDGROUPS, int PIECES, int COLUMNS, bool NVIDIA, bool PAIRED>
+struct TileRun {
+  CONSTANT uint EACH = PAIRED ? 2 : 1, PIECE = 16 * COLUMNS, THREADS = 32 * SIMDGROUPS;
   Weight<BITS, GROUP> weight;
   Decoder<BITS, true, NVIDIA> decoder;
-  uint groups, team, slice, lane, tile, end;
+  // The first tile, how many, and where their pairs begin; blocks of a simdgroup, the first of this one and its end.
+  uint index, lane, tile, count, pairs, share, begin, end;
   Block<BITS, GROUP> next;
 
   // What is decoded first is on its way, and the decoder ready after a barrier.
-  TileWalk(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& decoding, uint group,
-           uint all_groups, uint index)
-      : weight(all), decoder(decoding), groups(all_groups), team(index / TEAM), slice(index % TEAM / 32),
-        lane(index % 32), tile(group + team * groups), end(weight.tiles / EACH), next(weight, tile, slice, lane) {
-    if (slice < weight.blocks && tile < end) {
+  TileRun(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& decoding, uint group,
+          uint groups, uint thread_index)
+      : weight(all), decoder(decoding), index(thread_index), lane(thread_index % 32),
+        tile(group * (all.tiles / EACH) / groups), count((group + 1) * (all.tiles / EACH) / groups - tile),
+        pairs(all.tiles / EACH), share((EACH * count * all.blocks + SIMDGROUPS - 1) / SIMDGROUPS),
+        begin(thread_index / 32 * share), end(least(begin + share, EACH * count * all.blocks)),
+        next(all, tile_at(begin / all.blocks), begin % all.blocks, lane) {
+    if (begin < end) {
       next.load();
     }
-    decoder.template fill<TEAM * TEAMS>(index);
+    decoder.template fill<THREADS>(index);
   }
 
-  // One team's sums of tile `tile`, and of its pair, to `partial`; what comes after them is on its way.
-  template <typename X>
-  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) {
-    UNROLL
-    for (uint j = 0; j < EACH; j++) {
-      bool paired = j + 1 < EACH;
-      uint after = tile + (paired ? end : groups * TEAMS);
-      Sums<COLUMNS, NVIDIA> total;
-      total.clear();
-      multiply_blocks<BITS, GROUP, SLICES, WALKS || PAIRED>(next, x, decoder, weight, slice, lane, after,
-                                                            paired ? weight.tiles : end, total);
-      store_sums<GROUP>(total, weight.scales(), partial + j * PARTIAL, tile + j * end, slice, lane);
-    }
-  }
-
-  // Products with `columns` columns, whose outputs begin with `first`; partial (TEAMS, EACH, SLICES, 16, COLUMNS).
+  // Products with `columns` columns, whose outputs begin with `first`; partial (SIMDGROUPS, PIECES, 16, COLUMNS).
   template <int PARTS, typename T, typename X, typename RESULT>
   void multiply(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial, const thread RESULT& result,
                 uint first, uint columns) {
-    Shared<float> mine = partial + team * EACH * PARTIAL;
-    do {
-      if (tile < end) {
-        add_up(x, mine);
+    add_up(x, partial + index / 32 * (PIECES * PIECE));
+    barrier();
+    uint outputs = columns / PARTS;
+    for (uint i = index; i < 16 * outputs * count; i += THREADS) {
+      uint row = i % 16, output = i / 16 % outputs, j = i / 16 / outputs;
+      float value = result.scaled(sum_of<PARTS>(partial, j, row, output), first + output);
+      if (PAIRED) {
+        value = gate<T>(value, result.scaled(sum_of<PARTS>(partial, count + j, row, output), first + output));
       }
-      barrier();
-      for (uint i = slice * 32 + lane; tile < end && i < 16 * columns / PARTS; i += TEAM) {
-        uint row = i % 16, output = first + i / 16;
-        float value = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine, row, i / 16), output);
-        if (PAIRED) {
-          float up = result.scaled(add_slices<SLICES, PARTS, COLUMNS>(mine + PARTIAL, row, i / 16), output);
-          value = gate<T>(value, up);
+      result.write(16 * (tile + j) + row, first + output, value);
+    }
+  }
+
+ private:
+  static uint least(uint a, uint b) {
+    return a < b ? a : b;
+  }
+
+  // Tile j of the run, pairs after all others.
+  uint tile_at(uint j) const {
+    return tile + (PAIRED && j >= count ? pairs - count : 0) + j;
+  }
+
+  // This simdgroup's sums, of one tile after the other. GROUP 0: one scale a row, applied at the end.
+  template <typename X>
+  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) {
+    constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH_GROUP = GROUP ? GROUP : COLUMNS_OF_BLOCK;
+    constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
+    constexpr uint ONES = 0x3c003c00u;
+    uint j = begin / weight.blocks, block = begin % weight.blocks;
+    Sums<COLUMNS, NVIDIA> total, group;
+    total.clear();
+    group.clear();
+    Activations<COLUMNS, NVIDIA> now, coming[AHEAD];
+    UNROLL
+    for (int i = 0; i < AHEAD; i++) {
+      if (begin < end) {
+        coming[i].load(x, block * COLUMNS_OF_BLOCK + i * (32 * RUNS));
+      }
+    }
+    for (uint at = begin; at < end; at++) {
+      bool more = at + 1 < end, ends = block + 1 == weight.blocks;
+      uint after = ends ? 0 : block + 1;
+      Words<BITS> words = next.words;
+      Scales<Block<BITS, GROUP>::GROUPS> factors = next.scales;
+      next.advance(PAIRED && ends && j + 1 == count ? (pairs - count) * weight.blocks + 1 : 1);
+      if (more) {
+        next.load();
+      }
+      UNROLL
+      for (int run = 0; run < 8; run++) {
+        if (run % RUNS == 0) {
+          int later = run + AHEAD * RUNS, place = run / RUNS % AHEAD;
+          now = coming[place];
+          if (later < 8 || more) {
+            coming[place].load(x, (later < 8 ? block : after) * COLUMNS_OF_BLOCK + 32 * (later % 8));
+          }
+          loads_first();
         }
-        result.write(16 * tile + row, output, value);
+        UNROLL
+        for (int half_run = 0; half_run < 2; half_run++) {
+          group.add(decoder.decode(words, run / 2, 2 * (run % 2) + half_run), now, half_run);
+        }
+        if (RUNS > 1 || (GROUP != 0 && 32 * (run + 1) % EACH_GROUP == 0)) {
+          total.add_scaled(group, GROUP ? factors.at[32 * run / EACH_GROUP] : ONES, run, lane);
+          group.clear();
+        }
       }
-      if (WALKS) {
-        barrier();
+      if (ends || !more) {
+        store(GROUP == 0 && RUNS == 1 ? group : total, partial, tile_at(j));
+        total.clear();
+        if (GROUP == 0 && RUNS == 1) {
+          group.clear();
+        }
+        partial = partial + PIECE;
+        j++;
       }
-      tile += groups * TEAMS;
-    } while (WALKS && tile - team * groups < end);
+      block = after;
+    }
+  }
+
+  void store(const thread Sums<COLUMNS, NVIDIA>& total, Shared<float> partial, uint of_tile) const {
+    Sums<COLUMNS, NVIDIA> sums = total;
+    if (GROUP == 0) {
+      sums.scale(load_pair(weight.scales() + (of_tile * 8 + lane / 4) * 2));
+    }
+    sums.store(partial, lane);
+  }
+
+  // Of a row of tile j and an output, over simdgroups and parts.
+  template <int PARTS>
+  float sum_of(Shared<float> partial, uint j, uint row, uint output) const {
+    uint from = j * weight.blocks;
+    float sum = 0;
+    for (uint s = from / share; s * share < from + weight.blocks; s++) {
+      uint piece = s * PIECES + j - s * share / weight.blocks;
+      UNROLL
+      for (int part = 0; part < PARTS; part++) {
+        sum += partial[piece * PIECE + row * COLUMNS + output * PARTS + part];
+      }
+    }
+    return sum;
   }
 };
 
 // Columns `group_y` of x, made ready before as some of `held`, times a weight.
-template <int BITS, int GROUP, int SLICES, int TEAMS, int PARTS, int COLUMNS, bool NVIDIA, bool WALKS, typename T,
-          typename RESULT>
+template <int BITS, int GROUP, int SIMDGROUPS, int PIECES, int PARTS, int COLUMNS, bool NVIDIA, typename T, typename RESULT>
 inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weight,
                    const thread Decoder<BITS, true, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial,
                    uint held, uint columns, uint group_x, uint groups, uint group_y, uint index) {
-  TileWalk<BITS, GROUP, SLICES, TEAMS, COLUMNS, NVIDIA, WALKS, false> walk(weight, decoder, group_x, groups, index);
+  TileRun<BITS, GROUP, SIMDGROUPS, PIECES, COLUMNS, NVIDIA, false> tiles(weight, decoder, group_x, groups, index);
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
   RowsOfLane<COLUMNS, NVIDIA, Device<const half>> rows(x, 32, held, first, end, index % 32);
   if (NVIDIA) {
     barrier();
   }
-  walk.template multiply<PARTS, T>(rows, partial, result, first / PARTS, end - first);
+  tiles.template multiply<PARTS, T>(rows, partial, result, first / PARTS, end - first);
 }
 
 } // namespace turboquant

@@ -108,8 +108,8 @@ ODD_SHAPES = [
 def test_odd_shapes_of_strided_activations_equal_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, dtype: mx.Dtype
 ) -> None:
-    """Some of them by one threadgroup, tile after tile."""
-    monkeypatch.setattr(matvec, "RESIDENT", 1)
+    """Some of them by one threadgroup, which has all tiles."""
+    monkeypatch.setattr(matvec, "MULTIPROCESSORS", 1)
     made = [(case, *odd_case(*case, dtype, gpu)) for case in ODD_SHAPES]
 
     def run() -> list[mx.array]:
@@ -149,7 +149,7 @@ def test_products_with_experts_equal_the_reference(
 ) -> None:
     monkeypatch.setitem(turned_product.MOST_WORK, gpu, most_work)
     monkeypatch.setattr(turned_product, "RESIDENT", 32)
-    monkeypatch.setattr(matvec, "RESIDENT", 1)
+    monkeypatch.setattr(matvec, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(experts, "MATRIX_ROWS", 1)
     monkeypatch.setitem(matmul.SHAPES, gpu, matmul.Shape(2, 2, 2, 1))
     turn = mx.array(signs(WIDTH, 3))
@@ -249,7 +249,7 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str], gpu: Dialect) 
 
 MATVEC, ROTATE = "turboquant_matvec_alone", "turboquant_rotate"
 FAULTS = {
-    "a dropped barrier": (MATVEC, "barrier();\nfor (uint i = slice", "for (uint i = slice"),
+    "a dropped barrier": (MATVEC, "barrier();\nuint outputs", "uint outputs"),
     "a wrong shuffle distance": (
         ROTATE,
         "other = shuffle_xor(value, distance)",
@@ -257,7 +257,7 @@ FAULTS = {
     ),
     "an output one off": (MATVEC, "out[output * rows + row] =", "out[output * rows + row + 1] ="),
     "an input one off": (MATVEC, "x(all + 8 * (lane % 4))", "x(all + 8 * (lane % 4) + 1)"),
-    "a wrong stride": (MATVEC, "sum += partial[(s * 16", "sum += partial[(s * 15"),
+    "a wrong stride": (MATVEC, "partial[piece * PIECE + row", "partial[piece * PIECE + row / 2"),
     "a wrong lane looked up": (MATVEC, "at(upper_bits(two))", "at(upper_bits(two) ^ 1)"),
     "a look-up that some lanes skip": (MATVEC, "uint first = values_of", "uint first = two % 16 == 0 ? 0 : values_of"),
 }

@@ -8,8 +8,8 @@ from metal_kernels.launch import Kernel
 from tests.metal_kernels.host import metal_rules
 
 CONSTANTS = {
-    "BITS": 3, "GROUP": 32, "SLICES": 2, "PARTS": 1, "SCALED": True, "COLUMNS": 4, "NVIDIA": False, "SPARE": 0,
-    "ADDED": 1, "ALL_TILES": 3, "BLOCKS": 2, "COUNT": 4, "TEAMS": 1, "WALKS": True,
+    "BITS": 3, "GROUP": 32, "SIMDGROUPS": 2, "PARTS": 1, "SCALED": True, "COLUMNS": 4, "NVIDIA": False, "SPARE": 0,
+    "ADDED": 1, "ALL_TILES": 3, "BLOCKS": 2, "COUNT": 4, "PIECES": 2,
     "LOW0": 0, "LOW1": 0, "HIGH0": 0, "HIGH1": 0, "T": mx.bfloat16,
 }  # fmt: skip
 DTYPES = (mx.float16, mx.uint32, mx.bfloat16)
