@@ -13,7 +13,7 @@ be faster.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -146,13 +146,12 @@ def rotated_product(x: mx.array, weight: metal_kernels.PackedWeight) -> mx.array
     return products.times(Activations(x, 1, scaled=False), cast(TileWeight, weight.tiles), gpu, mx.float16)
 
 
-def measure(out: int, width: int, rows: list[int], bits: list[int], read: float) -> list[dict[str, Any]]:
-    """Rows of one shape, for each number of vectors; read: bytes a second of a plain read."""
+def measure(out: int, width: int, rows: list[int], bits: list[int], read: float) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one shape, of one number of vectors after the other; read: bytes a second of a plain read."""
     dtype = mx.float16 if on_gpu() else mx.float32
     sides = [(out, width), (width, out)] if on_gpu() else [(out, width)]
     compared = methods(bits, dtype)
     weights = {make: [make(*side) for side in sides] for make in {method.weights for method in compared}}
-    made: list[dict[str, Any]] = []
     for n in rows:
         x = mx.random.normal((n, width), dtype)
         mx.eval(x)
@@ -167,8 +166,7 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
                 row["of_read"] = 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))
             group.append(row | {"path": path_of(step, x) if "turboquant" in method.name else "mlx"})
         compare(group)
-        made += group
-    return made
+        yield group
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -193,8 +191,9 @@ def run(name: str, description: str | None, shapes: list[str], rows: list[int], 
     command, made = command_of(name, **vars(args)), list[dict[str, Any]]()
     for shape in args.shapes:
         out, width = map(int, shape.split("x"))
-        made += measure(out, width, args.rows, args.bits, read)
-        save(name, command, made, copy_gb_per_s=read / 1e9)
+        for group in measure(out, width, args.rows, args.bits, read):
+            made += group
+            save(name, command, made, copy_gb_per_s=read / 1e9)
     report(name, command, made, copy_gb_per_s=read / 1e9)
 
 

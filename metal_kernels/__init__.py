@@ -13,8 +13,8 @@ from metal_kernels.attention import (
     packed_attention_rows,
     unpack_cache,
 )
+from metal_kernels.compilation import announce_compilation
 from metal_kernels.cpu.arrays import view as writable
-from metal_kernels.cpu.compilation import announce_compilation
 from metal_kernels.cpu.finite import count_not_finite
 from metal_kernels.cpu.heads import HeadNorms
 from metal_kernels.decoder_layer import Attend, DecoderLayer, Turns, decoder_layer

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from metal_kernels.compilation import compiles_on_cuda
 from metal_kernels.errors import KernelError
 
 Dialect = Literal["metal", "cuda", "host"]
@@ -156,6 +157,7 @@ def _on_cuda(
 
     A threadgroup's `threads` bound the registers of each, or some kernels could not be launched.
     """
+    compiles_on_cuda()
     body = kernel.body
     names = "".join(f"// {name}\n" for name in sorted(set(re.findall(r"\w+_shape\b", body))))
     header = _written(f"#define MOST_THREADS {threads}\n{kernel.header('cuda')}")

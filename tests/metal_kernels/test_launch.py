@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from metal_kernels import launch
+from metal_kernels import announce_compilation, launch
 from metal_kernels.errors import KernelError
 from metal_kernels.launch import Kernel
 
@@ -61,6 +61,17 @@ def test_each_variant_is_a_kernel_of_its_own(made: list[dict[str, Any]]) -> None
         start(threads, BITS=bits)
     assert len(made) == 3 and len({kernel["header"] + kernel["source"] for kernel in made}) == 3
     assert [len(kernel["launches"]) for kernel in made] == [2, 1, 1]
+
+
+def test_the_first_that_is_compiled_is_announced(made: list[dict[str, Any]]) -> None:
+    start(BITS=2)
+    told: list[str] = []
+    with announce_compilation(told.append):
+        start(BITS=2)
+        assert told == []
+        start(BITS=3)
+        start(BITS=4)
+    assert len(told) == 1 and "compiling GPU kernels" in told[0] and len(made) == 3
 
 
 def test_files_that_a_system_cleared_away_are_written_again(made: list[dict[str, Any]]) -> None:
