@@ -108,8 +108,9 @@ ODD_SHAPES = [
 def test_odd_shapes_of_strided_activations_equal_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, dtype: mx.Dtype
 ) -> None:
-    """Some of them by one threadgroup, which has all tiles."""
-    monkeypatch.setattr(matvec, "MULTIPROCESSORS", 1)
+    """Those of few rows by two threadgroups, one with more tiles, and simdgroups that have blocks of several."""
+    monkeypatch.setattr(matvec, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(matvec, "SIMDGROUPS", {2: 1, 3: 2, 4: 3})
     made = [(case, *odd_case(*case, dtype, gpu)) for case in ODD_SHAPES]
 
     def run() -> list[mx.array]:
