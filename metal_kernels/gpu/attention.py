@@ -194,11 +194,11 @@ def _attend(
     code = kind.values
     constants = {
         "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": joining, "SINKS": sinks is not None,
-        "QUERIES": rows, "HEADS": heads, "T": queries.dtype,
+        "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
     inputs = [parts, constant(0.0) if sinks is None else _padded(sinks), code.fixed]
     out = ((batch, heads, rows, code.size), queries.dtype)
-    return JOIN.launch(inputs, [out], (batch * heads * rows, 1), SIMD * joining, constants)[0]
+    return JOIN.launch(inputs, [out], (rows, batch * heads), SIMD * joining, constants)[0]
 
 
 def attend_parts(

@@ -13,6 +13,8 @@ from metal_kernels.gpu.turned_product import Norm
 
 FEW_ROWS = 16
 """Up to these the kernel that decodes a weight for every eight rows was faster on an H100."""
+MOST_COUNTS = 4
+"""Up to so many positions there is a kernel of every number of them; more are padded to 8 or 16."""
 
 Gpu = Literal["metal", "cuda"]
 GPUS: tuple[Gpu, ...] = get_args(Gpu)
@@ -59,13 +61,8 @@ def multiply(
     x: mx.array, weight: TileWeight, gpu: Gpu, norm: Norm | None = None, added: mx.array | None = None
 ) -> mx.array:
     """As `product`, of x normalised, plus `added` (..., rows); in one launch where the rows are few."""
-    rows = x.reshape(-1, x.shape[-1])
-    if turned_product.fits(len(rows), x.dtype, weight, gpu):
-        more = None if added is None else added.reshape(-1, weight.rows)
-        y = turned_product.turned_product(rows, weight, gpu, norm=norm, added=more)
-        return y.reshape(*x.shape[:-1], weight.rows)
-    ready = prepare(norm(rows) if norm else rows, weight)
-    return times(ready, weight, gpu, x.dtype, added).reshape(*x.shape[:-1], weight.rows)
+    rows, more = _in_rows(x, added, weight, weight.rows)
+    return _like(x, _multiply(rows, weight, gpu, norm, more))
 
 
 def gated(
@@ -77,13 +74,38 @@ def gated(
     added: mx.array | None = None,
 ) -> mx.array:
     """As `gated_product`, of x normalised, plus `added` (..., rows of down)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, more = _in_rows(x, added, gate_up, down.rows)
     if turned_product.fits(len(rows), x.dtype, gate_up, gpu) and turned_product.gates_fit(gate_up):
         inner = turned_product.turned_product(rows, gate_up, gpu, norm=norm, gates=True)
-        return multiply(inner.reshape(*x.shape[:-1], down.width), down, gpu, added=added)
-    both = multiply(rows, gate_up, gpu, norm)
-    ready = prepare(both, down, gated=True)
-    return times(ready, down, gpu, x.dtype, added).reshape(*x.shape[:-1], down.rows)
+        return _like(x, _multiply(inner, down, gpu, None, more))
+    ready = prepare(_multiply(rows, gate_up, gpu, norm, None), down, gated=True)
+    return _like(x, times(ready, down, gpu, x.dtype, more))
+
+
+def _multiply(rows: mx.array, weight: TileWeight, gpu: Gpu, norm: Norm | None, added: mx.array | None) -> mx.array:
+    if turned_product.fits(len(rows), rows.dtype, weight, gpu):
+        return turned_product.turned_product(rows, weight, gpu, norm=norm, added=added)
+    return times(prepare(norm(rows) if norm else rows, weight), weight, gpu, rows.dtype, added)
+
+
+def _in_rows(x: mx.array, added: mx.array | None, weight: TileWeight, out: int) -> tuple[mx.array, mx.array | None]:
+    """x (n, width) and what is added (n or 1, out); those of a few positions of a sequence with others after them.
+
+    A kernel is compiled for a number of rows, and short prompts have every number; of a batch's only one is seen.
+    """
+    rows, more = x.reshape(-1, weight.width), None if added is None else added.reshape(-1, out)
+    n, one_position = len(rows), x.shape[-2:-1] == (1,)
+    spare = (1 << (n - 1).bit_length()) - n if MOST_COUNTS < n < FEW_ROWS and not one_position else 0
+    if spare == 0:
+        return rows, more
+    after = [(0, spare), (0, 0)]
+    return mx.pad(rows, after), more if more is None or len(more) == 1 else mx.pad(more, after)
+
+
+def _like(x: mx.array, y: mx.array) -> mx.array:
+    """Of the rows y those that stand for x's, in its shape."""
+    n = x.size // x.shape[-1]
+    return (y if len(y) == n else y[:n]).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def prepare(x: mx.array, weight: TileWeight, gated: bool = False) -> Activations:
@@ -92,9 +114,11 @@ def prepare(x: mx.array, weight: TileWeight, gated: bool = False) -> Activations
 
 
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:
-    """Activations that `hadamard.prepare` made ready times the transposed weight, plus `added`: (n, rows)."""
-    more = None if added is None else added.reshape(-1, weight.rows)
+    """Activations that `hadamard.prepare` made ready times the transposed weight: (n, rows).
+
+    added: (n or 1, rows) to add.
+    """
     if ready.n <= FEW_ROWS:
-        return matvec.matvec(ready, weight, dtype, more)
+        return matvec.matvec(ready, weight, dtype, added)
     y = warpgroup.matmul(ready, weight, dtype) if ready.in_pieces else matmul.matmul(ready, weight, gpu, dtype)
-    return y if more is None else y + more
+    return y if added is None else y + added

@@ -280,16 +280,16 @@ struct TileRun {
   CONSTANT uint EACH = PAIRED ? 2 : 1, PIECE = 16 * COLUMNS, THREADS = 32 * SIMDGROUPS;
   Weight<BITS, GROUP> weight;
   Decoder<BITS, true, NVIDIA> decoder;
-  // The first tile, how many, and where their pairs begin; blocks of a simdgroup, the first of this one and its end.
-  uint index, lane, tile, count, pairs, share, begin, end;
+  // Where pairs begin, the first tile, and how many; blocks of a simdgroup, the first of this one and its end.
+  uint index, lane, pairs, tile, count, share, begin, end;
   Block<BITS, GROUP> next;
 
   // What is decoded first is on its way, and the decoder ready after a barrier.
   TileRun(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& decoding, uint group,
           uint groups, uint thread_index)
-      : weight(all), decoder(decoding), index(thread_index), lane(thread_index % 32),
-        tile(group * (all.tiles / EACH) / groups), count((group + 1) * (all.tiles / EACH) / groups - tile),
-        pairs(all.tiles / EACH), share((EACH * count * all.blocks + SIMDGROUPS - 1) / SIMDGROUPS),
+      : weight(all), decoder(decoding), index(thread_index), lane(thread_index % 32), pairs(all.tiles / EACH),
+        tile(group * (pairs / groups) + least(group, pairs % groups)), count(pairs / groups + (group < pairs % groups ? 1 : 0)),
+        share((EACH * count * all.blocks + SIMDGROUPS - 1) / SIMDGROUPS),
         begin(thread_index / 32 * share), end(least(begin + share, EACH * count * all.blocks)),
         next(all, tile_at(begin / all.blocks), begin % all.blocks, lane) {
     if (begin < end) {

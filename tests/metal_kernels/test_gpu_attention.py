@@ -47,7 +47,7 @@ CASES = {
     "queries in order": (1, 4, 2, 5, 70, "causal"),
     "left padding": (2, 2, 1, 1, 40, "padding"),
     "a bias for each head": (1, 4, 2, 2, 33, "bias"),
-    "sinks": (1, 6, 2, 1, 20, "sinks"),
+    "sinks": (2, 6, 2, 2, 20, "sinks"),
 }
 PAIRS = [
     ((8, 128, 64), (4, 128, 64)),

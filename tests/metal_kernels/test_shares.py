@@ -21,9 +21,9 @@ def test_every_block_is_in_one_share_and_pieces_are_enough(
 ) -> None:
     shared = shares(tiles, blocks, simdgroups, groups, most_pieces, each)
     assert shared.simdgroups == simdgroups and shared.pieces <= max(most_pieces, each)
-    counts = [(group + 1) * tiles // shared.groups - group * tiles // shared.groups for group in range(shared.groups)]
-    assert sum(counts) == tiles and min(counts) >= 1 and max(counts) - min(counts) <= 1
-    for count in set(counts):
+    even, more = divmod(tiles, shared.groups)
+    assert even > 0
+    for count in (even, even + 1) if more else (even,):
         of_run = each * count * blocks
         share = -(-of_run // simdgroups)
         assert simdgroups * share >= of_run
