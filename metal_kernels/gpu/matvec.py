@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
@@ -14,8 +15,6 @@ SIMDGROUPS = {2: 24, 3: 24, 4: 16}
 """Of a threadgroup on NVIDIA, by bits: as many as were fastest on an H200."""
 MULTIPROCESSORS = 132
 """Threadgroups that run at once there."""
-PARTIAL_SUMS = 24 * 4 * 16 * 8
-"""What threadgroup memory has room for."""
 FEW_TILES, MOST_TILES = 640, 2048
 """Up to so many tiles many simdgroups for each fill another GPU, or some; beyond them tiles do."""
 
@@ -55,14 +54,14 @@ class Shares:
 def shares(tiles: int, blocks: int, simdgroups: int, groups: int, most_pieces: int, each: int = 1) -> Shares:
     """Of tiles of as many blocks, or of `each` that belong together, in `groups` threadgroups that run at once.
 
-    Or in several times as many, where simdgroups would have more than `most_pieces`; `each` are always allowed.
+    Or in several times as many, where simdgroups would have more than `most_pieces`, which are `each` at least.
     """
     for count in range(groups, tiles + groups, groups):
         most = each * -(-tiles // count)
         pieces = min(most, (-(-most * blocks // simdgroups) - 2 + blocks) // blocks + 1)
         if pieces <= most_pieces:
             return Shares(min(count, tiles), simdgroups, pieces)
-    return Shares(tiles, simdgroups, each)
+    raise AssertionError(f"{most_pieces} pieces are fewer than {each}")
 
 
 def shares_of(weight: TileWeight, columns: int, at_once: int = 1) -> Shares:
@@ -70,7 +69,8 @@ def shares_of(weight: TileWeight, columns: int, at_once: int = 1) -> Shares:
     tiles = weight.tiles
     if weight.nvidia:
         simdgroups, groups = SIMDGROUPS[weight.bits], max(1, MULTIPROCESSORS // at_once)
-        return shares(tiles, weight.blocks, simdgroups, groups, PARTIAL_SUMS // (simdgroups * TILE_ROWS * columns))
+        most_pieces = memory_of("cuda") // (4 * simdgroups * TILE_ROWS * columns)
+        return shares(tiles, weight.blocks, simdgroups, groups, most_pieces)
     simdgroups = 8 if tiles <= FEW_TILES else 4 if tiles <= MOST_TILES else 2
     return Shares(tiles, min(simdgroups, weight.blocks), 1)
 

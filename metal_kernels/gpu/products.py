@@ -94,8 +94,8 @@ def _in_rows(x: mx.array, added: mx.array | None, weight: TileWeight, out: int) 
     A kernel is compiled for a number of rows, and short prompts have every number; of a batch's only one is seen.
     """
     rows, more = x.reshape(-1, weight.width), None if added is None else added.reshape(-1, out)
-    n, one_position = len(rows), x.shape[-2:-1] == (1,)
-    spare = (1 << (n - 1).bit_length()) - n if MOST_COUNTS < n < FEW_ROWS and not one_position else 0
+    n, positions = len(rows), x.shape[-2] if x.ndim > 2 else 1
+    spare = (1 << (n - 1).bit_length()) - n if positions > 1 and MOST_COUNTS < n < FEW_ROWS else 0
     if spare == 0:
         return rows, more
     after = [(0, spare), (0, 0)]

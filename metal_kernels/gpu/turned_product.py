@@ -10,6 +10,7 @@ import mlx.core as mx
 from metal_kernels.gpu import hadamard
 from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.matvec import COLUMNS, Shares, shapes, shares
+from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 
@@ -30,8 +31,6 @@ MOST_WORK = {"cuda": 600_000, "metal": 150_000, "host": 150_000}
 """Additions of a row's rotation, from which on one launch that does them once is faster than doing them everywhere."""
 AT_ONCE = (32, 16, 8, 4)
 """Values of a thread that change places with others' between two barriers: the first that memory is enough for."""
-MEMORY = {"cuda": 48 << 10, "metal": 32 << 10, "host": 32 << 10}
-"""Bytes of threadgroup memory."""
 RESIDENT = 2112
 """Simdgroups that run at once: 16 for each of an H100's multiprocessors."""
 PIECES = 8
@@ -56,7 +55,7 @@ def fits(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> bool:
     if n * parts > COLUMNS or not hadamard.fits(weight.block):
         return False
     nbytes = _layout(weight, gpu).nbytes(_capacity(n) * parts, weight.padded, AT_ONCE[-1])
-    return _work(weight) <= MOST_WORK[gpu] and nbytes <= MEMORY[gpu]
+    return _work(weight) <= MOST_WORK[gpu] and nbytes <= memory_of(gpu)
 
 
 def gates_fit(weight: TileWeight) -> bool:
@@ -96,7 +95,7 @@ def constants(n: int, dtype: mx.Dtype, weight: TileWeight, gpu: Dialect) -> dict
     """The compile-time values of turning n rows and of products with them."""
     layout, parts = _layout(weight, gpu), _parts(dtype)
     rows = _capacity(n) * parts
-    at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= MEMORY[gpu])
+    at_once = next(count for count in AT_ONCE if layout.nbytes(rows, weight.padded, count) <= memory_of(gpu))
     return {
         "PARTS": parts, "COLUMNS": rows,
         "ODD": layout.odd, "POWER": layout.power, "AT_ONCE": min(at_once, layout.values), "TRANSFORM": weight.block > 1,

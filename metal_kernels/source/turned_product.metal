@@ -1,5 +1,5 @@
 // Products of few rows of activations, as they come, with a weight in tiles: every threadgroup turns all rows, into
-// threadgroup memory, while its first codes are on their way, and then takes one tile after the other.
+// threadgroup memory, while the first codes of its run of tiles are on their way.
 #pragma once
 
 #include "hadamard.metal"

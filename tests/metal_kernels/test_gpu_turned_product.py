@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from metal_kernels import quantize, reference
-from metal_kernels.gpu import tiles, turned_product
+from metal_kernels.gpu import matvec, tiles, turned_product
 from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
 from quant_engine.codebook import lloyd_max
@@ -55,7 +55,7 @@ def test_every_kind_of_weight(tmp_path: Path, dtype: mx.Dtype, n: int, gpu: turn
     ("width", "block"),
     [*((width, None) for width in (64, 288, 512, 768, 896, 2048, 2880)), (576, 1), (2048, 1), (1024, 128)],
 )
-def test_every_kind_of_rotation_and_several_tiles_in_turn(
+def test_every_kind_of_rotation_and_a_run_of_several_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, block: int | None
 ) -> None:
     monkeypatch.setattr(turned_product, "RESIDENT", 1)
@@ -86,6 +86,23 @@ def test_norms_gates_and_residuals_round_as_their_own_steps_do(tmp_path: Path, d
     for found, expected in zip(on_machine(tmp_path, run), rights, strict=True):
         assert found.shape == expected.shape
         assert mx.abs(found.astype(mx.float32) - expected).max() < BOUND[dtype] * mx.abs(expected).max()
+
+
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+@pytest.mark.parametrize(("dtype", "group"), [(mx.float16, 64), (mx.float32, 0)], ids=str)
+def test_simdgroups_cross_from_gates_to_ups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, group: int, gpu: turned_product.Dialect
+) -> None:
+    """One threadgroup takes 5 pairs of tiles of 3 blocks on CUDA; its fourth simdgroup has blocks 12 to 15."""
+    monkeypatch.setattr(turned_product, "RESIDENT", 8)
+    weight, values = weight_of(3, group, 768, rows=160, gpu=gpu)
+    shared = matvec.Shares(1, 8, 2) if gpu == "cuda" else matvec.Shares(2, 4, 3)
+    assert turned_product.shares_of(1, dtype, weight, gpu, gates=True) == shared
+    x = activations(1, 768, dtype)
+    (y,) = on_machine(tmp_path, lambda: [turned_product.turned_product(x, weight, gpu, gates=True)])
+    gates, ups = (x.astype(mx.float32) @ values.T).split(2, axis=-1)
+    expected = gates * mx.sigmoid(gates) * ups
+    assert mx.abs(y.astype(mx.float32) - expected).max() < BOUND[dtype] * mx.abs(expected).max()
 
 
 def test_what_does_not_fit_threadgroup_memory_is_left_to_two_kernels() -> None:

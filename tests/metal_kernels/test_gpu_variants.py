@@ -46,8 +46,9 @@ def test_products_of_prompts_share_kernels(compiled: set[tuple[Any, ...]]) -> No
     assert len(names) <= 10
 
 
-def test_a_batch_of_one_position_each_is_not_padded(compiled: set[tuple[Any, ...]]) -> None:
-    products.multiply(mx.zeros((6, 1, WIDTH), mx.float16), weight_of(3, 64, WIDTH)[0], "cuda")
+@pytest.mark.parametrize("shape", [(6, 1, WIDTH), (6, WIDTH)])
+def test_a_batch_of_one_position_each_is_not_padded(compiled: set[tuple[Any, ...]], shape: tuple[int, ...]) -> None:
+    products.multiply(mx.zeros(shape, mx.float16), weight_of(3, 64, WIDTH)[0], "cuda")
     assert any("('COUNT', 6)" in settings for settings in compiled)
 
 

@@ -1,9 +1,16 @@
 """How tiles are shared out among threadgroups, and their blocks among simdgroups, as `source/matvec.metal` does it."""
 
+from collections.abc import Generator
+from typing import Any
+
+import mlx.core as mx
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from metal_kernels.gpu.matvec import shares
+from metal_kernels.gpu.matvec import shares, shares_of
+from metal_kernels.gpu.memory import memory_of
+from metal_kernels.gpu.tiles import BYTE_TABLE, TileWeight
 
 
 @given(
@@ -19,8 +26,9 @@ from metal_kernels.gpu.matvec import shares
 def test_every_block_is_in_one_share_and_pieces_are_enough(
     tiles: int, blocks: int, simdgroups: int, groups: int, most_pieces: int, each: int
 ) -> None:
+    most_pieces = max(most_pieces, each)
     shared = shares(tiles, blocks, simdgroups, groups, most_pieces, each)
-    assert shared.simdgroups == simdgroups and shared.pieces <= max(most_pieces, each)
+    assert shared.simdgroups == simdgroups and shared.pieces <= most_pieces
     even, more = divmod(tiles, shared.groups)
     assert even > 0
     for count in (even, even + 1) if more else (even,):
@@ -36,3 +44,25 @@ def test_threadgroups_are_no_more_than_run_at_once_where_memory_is_enough() -> N
     assert shares(1792, 32, 24, 132, 4).groups == 132
     assert shares(100, 16, 24, 132, 4).groups == 100
     assert shares(16384, 8, 24, 132, 4).groups == 2 * 132
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch, request: Any) -> Generator[None]:
+    """An NVIDIA GPU of an architecture."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": request.param})
+    memory_of.cache_clear()
+    yield
+    memory_of.cache_clear()
+
+
+@pytest.mark.parametrize(("on", "most"), [("sm_89", 99 << 10), ("sm_90", 163 << 10)], indirect=["on"])
+@pytest.mark.usefixtures("on")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_sums_of_many_tiles_fit_beside_the_table(bits: int, most: int) -> None:
+    words = mx.zeros((8016, 16, 1), mx.uint32)
+    weight = TileWeight(words, words, bits, 64, 16 * 8016, 4096, 1, (0, 0, 0, 0), True)
+    for columns in (1, 2, 4, 8):
+        shared = shares_of(weight, columns)
+        assert BYTE_TABLE + 4 * shared.simdgroups * shared.pieces * 16 * columns <= most
+        assert 4 * shared.simdgroups * shared.pieces * 16 * columns <= 48 << 10

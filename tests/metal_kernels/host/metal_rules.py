@@ -14,7 +14,7 @@ import mlx.core as mx
 from clang import cindex
 from clang.cindex import CursorKind
 
-from metal_kernels.launch import Constants, Kernel, definitions
+from metal_kernels.launch import Constants, Kernel
 
 TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint32: "uint"}
 FEW_VALUES = 8
@@ -69,15 +69,28 @@ def _parsed(text: str) -> tuple[Any, str, int]:
 
 
 def program(kernel: Kernel, constants: Constants, inputs: Sequence[mx.array], outputs: Sequence[Any]) -> str:
-    """One launch's program as MLX writes it around the body."""
+    """One launch's program as MLX writes it around the body: a template, and the one instance of it."""
     spaces = ["constant" if array.size < FEW_VALUES else "device" for array in inputs]
     named = zip(spaces, inputs, kernel.inputs, strict=True)
     parameters = [f"const {space} {TYPES[array.dtype]}* {name}" for space, array, name in named]
     parameters += [f"const constant int* {name}_shape" for name in kernel.inputs]
     parameters += [f"device {TYPES[kind]}* {name}" for (_, kind), name in zip(outputs, kernel.outputs, strict=True)]
     parameters += [f"{kind} {name}" for kind, names in POSITIONS.items() for name in names]
-    lines = [kernel.header("metal"), f"void {kernel.name}({', '.join(parameters)}) {{"]
-    return "\n".join([*lines, *definitions(constants, TYPES), kernel.body, "}"])
+    template, instance = "", ""
+    if constants:
+        kinds = [f"{_kind(value)} {name}" for name, value in constants.items()]
+        which = f"{kernel.name}<{', '.join(map(_argument, constants.values()))}>"
+        template, instance = f"template <{', '.join(kinds)}>", f"template decltype({which}) {which};"
+    lines = [kernel.header("metal"), template, f"void {kernel.name}({', '.join(parameters)}) {{"]
+    return "\n".join([*lines, kernel.body, "}", instance])
+
+
+def _kind(value: int | bool | mx.Dtype) -> str:
+    return "typename" if isinstance(value, mx.Dtype) else "bool" if isinstance(value, bool) else "int"
+
+
+def _argument(value: int | bool | mx.Dtype) -> str:
+    return TYPES[value] if isinstance(value, mx.Dtype) else str(value).lower()
 
 
 def _below(cursor: Any) -> Iterator[Any]:
