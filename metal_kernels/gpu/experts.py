@@ -12,7 +12,7 @@ from metal_kernels.launch import Kernel
 
 PAIRS = Kernel(
     name="turboquant_expert_pairs",
-    sources=("experts.metal",),
+    sources=("matvec.metal",),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
     large_memory=BYTE_TABLE,
@@ -20,7 +20,7 @@ PAIRS = Kernel(
 
 TURNED_PAIRS = Kernel(
     name="turboquant_turned_expert_pairs",
-    sources=("turned_product.metal", "experts.metal"),
+    sources=("turned_product.metal",),
     inputs=("x", "packed", "chosen"),
     outputs=("out",),
     large_memory=BYTE_TABLE,
@@ -28,7 +28,7 @@ TURNED_PAIRS = Kernel(
 
 SEGMENTS = Kernel(
     name="turboquant_expert_segments",
-    sources=("experts.metal",),
+    sources=("matvec.metal", "experts.metal"),
     inputs=("x", "packed", "first_rows", "first_blocks"),
     outputs=("out",),
     large_memory=BYTE_TABLE,

@@ -1,8 +1,6 @@
 // Which expert's weight a threadgroup multiplies, and by which rows of the activations.
 #pragma once
 
-#include "matvec.metal"
-
 namespace turboquant {
 
 template <int EXPERTS>

@@ -6,8 +6,9 @@
 // The weight is never written anywhere.
 #pragma once
 
-#include "matvec.metal"
+#include "activations.metal"
 #include "matrix.metal"
+#include "weight.metal"
 
 namespace turboquant {
 
