@@ -27,9 +27,12 @@ Constants = Mapping[str, int | bool | mx.Dtype]
 SOURCE = Path(__file__).resolve().parent / "source"
 NVIDIA_PARTS = re.compile(r"#ifdef NVIDIA_INSTRUCTIONS\n.*?#endif\n", re.S)
 """What Metal would skip."""
+FEW_VALUES = 8
+"""MLX hands an input of fewer to one of Metal's kernels in the constant address space."""
 SIMD = 32
 """Threads of a simdgroup on every GPU that runs these kernels."""
 _CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
+METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t"}
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,14 @@ class Kernel:
 
         Raises KernelError where MLX has no GPU here.
         """
-        on_cuda, values = _dialect() == "cuda", tuple(constants.items())
-        compiled = _on_cuda(self, threads, values) if on_cuda else _on_metal(self)
-        return compiled(
-            inputs=list(inputs),
+        on_cuda = _dialect() == "cuda"
+        made = (_on_cuda if on_cuda else _on_metal)(self, threads, tuple(constants.items()))
+        return made(
+            inputs=list(inputs) if on_cuda else [long_enough(array) for array in inputs],
             output_shapes=[shape for shape, _ in outputs],
             output_dtypes=[dtype for _, dtype in outputs],
             grid=(groups[0] * threads, groups[1], 1),
             threadgroup=(threads, 1, 1),
-            template=[] if on_cuda else list(values),
         )
 
 
@@ -96,10 +98,18 @@ def _flat(names: Iterable[str]) -> str:
     return "\n".join(line for name in names for line in lines(name)) + "\n"
 
 
+def long_enough(array: mx.array) -> mx.array:
+    """An array of which Metal puts the values where others' are, not among constants, as it does with fewer than 8.
+
+    A shorter one has zeros after it, and is flat.
+    """
+    return array if array.size >= FEW_VALUES else mx.pad(array.reshape(-1), (0, FEW_VALUES - array.size))
+
+
 @cache
 def constant(value: float) -> mx.array:
-    """A number as an array that every launch shares, long enough for Metal to put it where the others are."""
-    return made(mx.full((8,), value))
+    """A number as an array that every launch shares."""
+    return made(mx.full((FEW_VALUES,), value))
 
 
 def float_bits(value: float) -> int:
@@ -109,8 +119,8 @@ def float_bits(value: float) -> int:
 
 @cache
 def table(numbers: tuple[float, ...]) -> mx.array:
-    """Numbers as an array that every launch shares, repeated until they are long enough, see `constant`."""
-    return mx.array(np.resize(np.array(numbers, np.float32), max(8, len(numbers))))
+    """Numbers as an array that every launch shares, repeated until they are long enough, see `long_enough`."""
+    return mx.array(np.resize(np.array(numbers, np.float32), max(FEW_VALUES, len(numbers))))
 
 
 @cache
@@ -145,8 +155,16 @@ def _dialect() -> Dialect:
 
 
 @cache
-def _on_metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    return _made_of(kernel, mx.fast.metal_kernel, kernel.header("metal"), kernel.body)
+def _on_metal(
+    kernel: Kernel, threads: int, constants: tuple[tuple[str, int | bool | mx.Dtype], ...]
+) -> Callable[..., list[mx.array]]:
+    """A kernel that may use as many registers as allow `threads` in a threadgroup.
+
+    Its constants are part of its text: MLX's templates put their values into names, and before 0.32.4 a minus too.
+    """
+    bound = f"[[max_total_threads_per_threadgroup({threads})]]\n"
+    source = "\n".join([*definitions(dict(constants), METAL_TYPES), kernel.body])
+    return _made_of(kernel, mx.fast.metal_kernel, kernel.header("metal") + bound, source)
 
 
 @cache
@@ -185,7 +203,7 @@ def definitions(constants: Constants, types: Mapping[mx.Dtype, str]) -> list[str
             lines.append(f"using {name} = {types[value]};")
         else:
             kind = "bool" if isinstance(value, bool) else "int"
-            lines.append(f"[[maybe_unused]] constexpr {kind} {name} = {str(value).lower()};")
+            lines.append(f"constexpr {kind} {name} = {str(value).lower()};")
     return lines
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from metal_kernels.gpu.fixed import factors, fixed_words
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.gpu.tiles import BITS, PAIR_TABLE, symmetric, table_words
-from metal_kernels.launch import SIMD, Kernel, constant, float_bits, made, number, table
+from metal_kernels.launch import FEW_VALUES, SIMD, Kernel, constant, float_bits, made, number, table
 from metal_kernels.layout import bits_of
 
 FEW, FEW_QUERIES = 4096, 8
@@ -167,9 +167,21 @@ def attend(
     bias: additive float32 (B or 1, H or 1, L or 1, length or 1), or None. A context is split by the room for tokens
     that keys and values have, so that few queries are compiled again only when that grows.
     """
+    keys, values = _roomy(keys), _roomy(values)
+    if bias is not None and bias.size < FEW_VALUES:
+        bias = mx.broadcast_to(bias, (*bias.shape[:3], length))
+        bias = mx.pad(bias, [(0, 0)] * 3 + [(0, max(0, FEW_VALUES - length))])
     few = bias is None and queries.shape[2] <= FEW_QUERIES
     run = _compiled_attend(kind) if few else partial(_attend, kind)
     return run(queries, *keys, *values, number(length), bias, sinks)
+
+
+def _roomy(tokens: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+    """Codes and scales with room for so many tokens that they are `long_enough` as they are."""
+    if tokens[0].size >= FEW_VALUES:
+        return tokens
+    codes, scales = (mx.pad(array, [(0, 0), (0, 0), (0, FEW_VALUES), (0, 0)]) for array in tokens)
+    return codes, scales
 
 
 @cache

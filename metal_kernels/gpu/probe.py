@@ -28,7 +28,7 @@ def works(operation: str, gpu: Gpu) -> bool:
         off = float(mx.abs(ours.astype(mx.float32) - right).max() / mx.abs(right).max())
         reason = "" if off <= TOLERANCE else f"its result is off by {off:.0%}"
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_fault(str(error)) or type(error).__name__
     if reason:
         warnings.warn(
             f"the {gpu} kernel for {operation} does not work on this machine: {reason}. MLX's own operations take its "
@@ -37,6 +37,12 @@ def works(operation: str, gpu: Gpu) -> bool:
             stacklevel=2,
         )
     return not reason
+
+
+def _first_fault(text: str) -> str:
+    """Of what was said the first line, and what a compiler found first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ": ".join([*lines[:1], *[line for line in lines[1:] if "error:" in line][:1]])
 
 
 def _matrix(seed: int) -> tuple[mx.array, mx.array]:

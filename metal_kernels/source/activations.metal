@@ -44,13 +44,13 @@ struct Factors {
   // After `held` rows of x.
   Factors(Device<const half> x, uint held, uint padded) : exponents(x + held * padded) {}
 
-  Factors from(uint row) const {
+  Factors from(uint row) const thread {
     Factors rest = *this;
     rest.exponents = exponents + row;
     return rest;
   }
 
-  float operator[](uint row) const {
+  float operator[](uint row) const thread {
     return SCALED ? bits_float(uint(static_cast<float>(exponents[row])) << 23) : 1.0f;
   }
 };

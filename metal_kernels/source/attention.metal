@@ -31,20 +31,20 @@ struct Sight {
   uint head_stride, row_stride, token_stride;
 
   // The last of the rows' queries.
-  uint last_query() const {
+  uint last_query() const thread {
     uint first = first_row % queries;
     return first + rows > queries ? queries - 1 : first + rows - 1;
   }
 
   // Whether `count` rows from `row` on see all of `many` tokens from `token` on.
-  bool sees_all(uint row, uint count, uint token, uint many, uint end) const {
+  bool sees_all(uint row, uint count, uint token, uint many, uint end) const thread {
     uint query = (first_row + row) % queries;
     uint least = query + count > queries ? 0 : query;
     return token + many <= end && MASK < 2 && (MASK == 0 || token + many + queries <= length + least + 1);
   }
 
   // The score of a row and token, in powers of two, with what masks do to it.
-  float score(float value, uint row, uint token, uint end) const {
+  float score(float value, uint row, uint token, uint end) const thread {
     if (token >= end || (MASK == 2 && row >= rows)) {
       return NOTHING;
     }
@@ -112,7 +112,7 @@ struct Rows {
   template <int MASK>
   void add(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
            Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
-           const thread Sight<MASK>& sight, uint start, uint end, uint lane) {
+           const thread Sight<MASK>& sight, uint start, uint end, uint lane) thread {
     uint g = lane / 4, t = lane % 4;
     float weights[2][ROWS];
     UNROLL
@@ -194,14 +194,14 @@ struct Rows {
   template <int STEP, int MASK>
   void walk(Shared<uint> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
             Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
-            const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
+            const thread Sight<MASK>& sight, uint first, uint end, uint lane) thread {
     for (uint start = first; start < end; start += 16 * STEP) {
       add(queries, factors, keys, key_scales, values, value_scales, tables, sight, start, end, lane);
     }
   }
 
   // Sums over lanes; then each row's maximum and sum are the same in all lanes.
-  void finish() {
+  void finish() thread {
     UNROLL
     for (int r = 0; r < ROWS; r++) {
       UNROLL
@@ -216,7 +216,7 @@ struct Rows {
     }
   }
 
-  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
+  void note(Shared<float> maxima, Shared<float> totals, uint lane) const thread {
     if (lane == 0) {
       UNROLL
       for (int r = 0; r < ROWS; r++) {
@@ -232,7 +232,7 @@ struct Rows {
   }
 
   // Adds this simdgroup's weighted sums to the threadgroup's, ROWS * VALUE_SIZE; factors (ROWS).
-  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
+  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const thread {
     if (lane % 4 != 0) {
       return;
     }

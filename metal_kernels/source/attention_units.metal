@@ -81,7 +81,7 @@ struct ValueDecoder {
       : codes(first.codes.at, second.codes.at), one(first), two(second) {}
 
   // Of column `column`, and of the next.
-  uint2 decode(int column, const thread PairTable<BITS>& table) const {
+  uint2 decode(int column, const thread PairTable<BITS>& table) const thread {
     constexpr int PLACE = PairTable<BITS>::PLACE;
     uint scales = join_bits(one.scales_of(column / 4), two.scales_of(column / 4));
     return uint2{multiply_pairs(table.at(placed<PLACE, 2 * BITS>(codes.even, BITS * column)), scales),
@@ -96,7 +96,7 @@ struct ValueDecoder<8, RUN> {
 
   ValueDecoder(const thread RUN& first, const thread RUN& second) : one(first), two(second) {}
 
-  uint2 decode(int column, const thread PairTable<8>&) const {
+  uint2 decode(int column, const thread PairTable<8>&) const thread {
     uint4 four = one.template values_with<true>(two, column / 4, LaneTable{});
     uint mine = column % 4 ? four.y : four.x, others = column % 4 ? four.w : four.z;
     return uint2{byte_permute(mine, others, 0x5410u), byte_permute(mine, others, 0x7632u)};
@@ -135,7 +135,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
   template <int STEP, int MASK>
   void walk(Shared<uint4> queries, Shared<float> factors, Device<const uint> keys, Device<const half> key_scales,
             Device<const uint> values, Device<const half> value_scales, const thread Tables& tables,
-            const thread Sight<MASK>& sight, uint first, uint end, uint lane) {
+            const thread Sight<MASK>& sight, uint first, uint end, uint lane) thread {
     uint g = lane / 4, t = lane % 4, last = sight.length - 1;
     uint token = first + g < last ? first + g : last, other = first + g + 8 < last ? first + g + 8 : last;
     Keys one(keys, key_scales, token, t), two(keys, key_scales, other, t);
@@ -170,7 +170,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
 
   // Products of 16 tokens' keys with all queries.
   void score(Shared<uint4> queries, const thread Keys& one, const thread Keys& two,
-             const thread PairTable<KEY_BITS>& table, thread float (&scores)[EIGHTS][4], uint lane) {
+             const thread PairTable<KEY_BITS>& table, thread float (&scores)[EIGHTS][4], uint lane) thread {
     constexpr int STEPS = KEY_SIZE / 16;
     UNROLL
     for (int i = 0; i < EIGHTS * 4; i++) {
@@ -197,7 +197,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
   // Scores of tokens g and g + 8 for eight rows, as the weights of 16 tokens for row g.
   template <int MASK>
   uint2 weigh(int n, thread float (&scores)[4], Shared<float> factors, const thread Sight<MASK>& sight, uint start,
-              uint end, uint lane) {
+              uint end, uint lane) thread {
     uint g = lane / 4, row = 8 * n + lane % 4 * 2;
     bool all_seen = MASK == 0 && start + 16 <= end;
     UNROLL
@@ -237,7 +237,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     return uint2{transpose(pack_halves(scores[0], scores[1])), transpose(pack_halves(scores[2], scores[3]))};
   }
 
-  void finish() {
+  void finish() thread {
     UNROLL
     for (int i = 0; i < EIGHTS * 2; i++) {
       UNROLL
@@ -247,7 +247,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     }
   }
 
-  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
+  void note(Shared<float> maxima, Shared<float> totals, uint lane) const thread {
     if (lane < 4) {
       UNROLL
       for (int i = 0; i < EIGHTS * 2; i++) {
@@ -263,7 +263,7 @@ struct Rows<KEY_BITS, VALUE_BITS, KEY_SIZE, VALUE_SIZE, KEY_GROUP, VALUE_GROUP, 
     return i * 32 + column / RUN * 4 + row % 8 / 2;
   }
 
-  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const {
+  void give(Shared<float> all, Shared<float> factors, bool first, uint lane) const thread {
     UNROLL
     for (int i = 0; i < EIGHTS * RUN * 2; i++) {
       float factor = factors[i / (RUN * 2) * 8 + lane % 4 * 2 + i % 2];

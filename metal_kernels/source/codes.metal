@@ -89,10 +89,10 @@ struct Decoder {
 
   // By all of a threadgroup's THREADS threads, a barrier before any decodes.
   template <int THREADS>
-  void fill(uint) const {}
+  void fill(uint) const thread {}
 
   // Plane q of a unit as the four registers of a 16 x 16 matrix. Of 2 bits two planes share their look-ups.
-  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const thread {
     uint codes = BITS == 3 ? nibbles_of_three(words, unit, q) : words.at[BITS * unit + q * BITS / 4];
     return look_up<4, 2>(codes, 0x000f000fu, BITS == 2 && q % 2 == 1, values);
   }
@@ -123,14 +123,14 @@ struct PairTable {
 
   // By all of SIMDGROUPS simdgroups, from what lanes hold; others see it after a barrier.
   template <int SIMDGROUPS>
-  void fill(const thread LaneTable& values, uint simdgroup, uint lane) const {
+  void fill(const thread LaneTable& values, uint simdgroup, uint lane) const thread {
     for (uint pair = simdgroup; pair < uint(PAIRS); pair += SIMDGROUPS) {
       words[32 * pair + lane] = join_bits(values.at(pair % (1u << BITS)), values.at(pair >> BITS));
     }
   }
 
   // The pair whose number begins at bit PLACE.
-  uint at(uint codes) const {
+  uint at(uint codes) const thread {
     return word_at(words, (codes & NUMBERS) | place);
   }
 };
@@ -171,7 +171,7 @@ struct Decoder<BITS, true, true> {
 
   // Half a row at a time, in an order in which lanes beside each other write to all banks.
   template <int THREADS>
-  void fill(uint index) const {
+  void fill(uint index) const thread {
     for (uint i = index; i < 512; i += THREADS) {
       uint byte = i / 2, first = values.at(BITS == 3 ? byte % 8 : byte % 16);
       uint second = values.at(BITS == 3 ? byte / 8 % 8 : byte / 16);
@@ -183,7 +183,7 @@ struct Decoder<BITS, true, true> {
     }
   }
 
-  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const thread {
     uint codes = pairs_of_plane(words, unit, q);
     if (BITS == 2) {
       uint first = uint(q) % 2 * 2;
@@ -195,7 +195,7 @@ struct Decoder<BITS, true, true> {
   }
 
  private:
-  uint address(uint codes, uint byte) const {
+  uint address(uint codes, uint byte) const thread {
     return byte_permute(codes, place, 0x5504u | (byte << 4));
   }
 };
@@ -210,11 +210,11 @@ struct Decoder<BITS, false, true> {
   Decoder(uint4 table, Shared<uint> memory, uint lane) : values(weight_values<BITS>(table, lane)), pairs(memory, lane) {}
 
   template <int THREADS>
-  void fill(uint index) const {
+  void fill(uint index) const thread {
     pairs.template fill<THREADS / 32>(values, index / 32, index % 32);
   }
 
-  uint4 decode(const thread Words<BITS>& words, int unit, int q) const {
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const thread {
     uint codes[1] = {pairs_of_plane(words, unit, q)}, found[4];
     UNROLL
     for (int i = 0; i < 4; i++) {

@@ -22,7 +22,7 @@ struct Tokens {
 
   // Every fourth token of rows (end, SIZE) from `first` on; those beyond the end are the last one, and not there.
   template <typename T>
-  void load(Device<const T> key_rows, Device<const T> value_rows, uint first, uint end, uint eighth) {
+  void load(Device<const T> key_rows, Device<const T> value_rows, uint first, uint end, uint eighth) thread {
     UNROLL
     for (int j = 0; j < COUNT; j++) {
       uint token = first + 4 * j, at = (token < end ? token : end - 1) * SIZE;
@@ -42,7 +42,7 @@ struct Tokens {
   }
 
   // A single token's rows, key and value.
-  void load(Shared<float> rows, bool is_there, uint eighth) {
+  void load(Shared<float> rows, bool is_there, uint eighth) thread {
     UNROLL
     for (int j = 0; j < COUNT; j++) {
       there[j] = is_there && j == 0;
@@ -72,7 +72,7 @@ struct NewToken {
 
   // norms (2, SIZE): of queries, and of keys.
   void load(Device<const T> queries, Device<const T> key, Device<const T> value, Device<const T> norms, float eps,
-            uint count, uint index) {
+            uint count, uint index) thread {
     uint lane = index % 32;
     for (uint row = index / 32; row < uint(HEADS + 2); row += SIMDGROUPS) {
       Device<const T> from = row < uint(HEADS) ? queries + (row < count ? row : 0) * SIZE : row == uint(HEADS) ? key : value;
@@ -95,7 +95,7 @@ struct NewToken {
   }
 
   // turns: SIZE / 2 cosines, then as many sines, which turn value i with value i + SIZE / 2.
-  void turn(Device<const float> turns, uint index) {
+  void turn(Device<const float> turns, uint index) thread {
     constexpr uint HALF = SIZE / 2;
     for (uint i = index; i < (HEADS + 1) * HALF; i += 32 * SIMDGROUPS) {
       uint row = i / HALF, column = i % HALF, at = row * SIZE + column;
@@ -108,7 +108,7 @@ struct NewToken {
 
   // Adds the key and value to those that wait, (room, SIZE) each, `waiting` of them.
   void join(Device<const T> old_keys, Device<const T> old_values, Device<T> keys, Device<T> values, uint waiting,
-            uint index) const {
+            uint index) const thread {
     copy_rows<32 * SIMDGROUPS, T>(old_keys, keys, waiting * SIZE, index);
     copy_rows<32 * SIMDGROUPS, T>(old_values, values, waiting * SIZE, index);
     for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
@@ -118,7 +118,7 @@ struct NewToken {
   }
 
   // Hands the key and value on, to (2, heads, SIZE).
-  void give(Device<float> all, uint head, uint heads, uint index) const {
+  void give(Device<float> all, uint head, uint heads, uint index) const thread {
     for (uint column = index; column < uint(SIZE); column += 32 * SIMDGROUPS) {
       all[head * SIZE + column] = rows[HEADS * SIZE + column];
       all[(heads + head) * SIZE + column] = rows[(HEADS + 1) * SIZE + column];
@@ -146,7 +146,7 @@ struct Seen {
     }
   }
 
-  void add(const thread Few& few) {
+  void add(const thread Few& few) thread {
     UNROLL
     for (int h = 0; h < HEADS; h++) {
       float scores[AT_ONCE], now = most[h];
@@ -184,7 +184,7 @@ struct Seen {
 
   // Rows [start, end) of keys and values (rows, SIZE), of which SIMDGROUPS simdgroups take turns.
   template <int SIMDGROUPS, typename T>
-  void walk(Device<const T> keys, Device<const T> values, uint start, uint end, uint simdgroup, uint lane) {
+  void walk(Device<const T> keys, Device<const T> values, uint start, uint end, uint simdgroup, uint lane) thread {
     constexpr uint TURN = 4 * AT_ONCE;
     for (uint first = start + simdgroup * TURN; first < end; first += SIMDGROUPS * TURN) {
       Few few;
@@ -194,7 +194,7 @@ struct Seen {
   }
 
   // Sums over the four tokens of a simdgroup; then each eight lanes have the same.
-  void finish() {
+  void finish() thread {
     UNROLL
     for (int h = 0; h < HEADS; h++) {
       float now = larger(most[h], shuffle_xor(most[h], 8));
@@ -213,7 +213,7 @@ struct Seen {
     }
   }
 
-  void note(Shared<float> maxima, Shared<float> totals, uint lane) const {
+  void note(Shared<float> maxima, Shared<float> totals, uint lane) const thread {
     if (lane == 0) {
       UNROLL
       for (int h = 0; h < HEADS; h++) {
@@ -224,7 +224,7 @@ struct Seen {
   }
 
   // This simdgroup's weighted sums (HEADS, SIZE), each four of lanes every fourth head's; factors (HEADS).
-  void give(Shared<float> all, Shared<float> factors, uint lane) const {
+  void give(Shared<float> all, Shared<float> factors, uint lane) const thread {
     UNROLL
     for (int h = 0; h < HEADS; h++) {
       if (uint(h % 4) == lane / 8) {

@@ -10,7 +10,7 @@ struct Share {
   uint first, count, block;
 
   // Block `of_all` of the blocks of all experts, which first_blocks (EXPERTS + 1) counts; false beyond the last.
-  bool find(Device<const uint> first_rows, Device<const uint> first_blocks, uint of_all) {
+  bool find(Device<const uint> first_rows, Device<const uint> first_blocks, uint of_all) thread {
     if (of_all >= first_blocks[EXPERTS]) {
       return false;
     }

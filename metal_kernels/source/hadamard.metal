@@ -20,7 +20,7 @@ CONSTANT int PLAIN = 0, GATED = 1, NORMED = 2;
 struct Measure {
   float squares, most;
 
-  void add(float value, float weight) {
+  void add(float value, float weight) thread {
     squares += value * value;
     value *= weight;
     most = larger(most, value < 0 ? -value : value);
@@ -34,18 +34,18 @@ struct Row {
   uint width;
 
   template <int COUNT>
-  bool in_vectors() const {
+  bool in_vectors() const thread {
     return begins_vector<COUNT>(values) && (KIND != NORMED || begins_vector<COUNT>(weights));
   }
 
   // The row from a column on.
-  Row from(uint column) const {
+  Row from(uint column) const thread {
     return Row{values + column, weights + column, width};
   }
 
   // Values that lie beside each other, before they are normalised, and their weights; AT_ONCE: `in_vectors`.
   template <bool AT_ONCE, int COUNT>
-  void load(uint column, thread float (&at)[COUNT], thread float (&weight)[COUNT]) const {
+  void load(uint column, thread float (&at)[COUNT], thread float (&weight)[COUNT]) const thread {
     load_values<AT_ONCE>(values + column, at);
     if (KIND == NORMED) {
       load_values<AT_ONCE>(weights + column, weight);
@@ -70,7 +70,7 @@ struct Row {
 
   // Adds what one of THREADS threads sees of the row.
   template <int THREADS>
-  void measure(thread Measure& all, uint index) const {
+  void measure(thread Measure& all, uint index) const thread {
     bool at_once = in_vectors<8>();
     for (uint column = 8 * index; column < width; column += 8 * THREADS) {
       float at[8], weight[8];
@@ -123,7 +123,7 @@ struct Turn {
   uint flips[ODD][VECTORS];
 
   template <typename T>
-  void load(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
+  void load(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) thread {
     if (row.template in_vectors<VECTOR>()) {
       load_all<true>(row, signs, start, index);
     } else {
@@ -134,7 +134,7 @@ struct Turn {
   // All there is to load, before any of it is needed. How far apart values and whole words of signs lie is known to the
   // compiler, which leaves it one address for each.
   template <bool AT_ONCE, typename T>
-  void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) {
+  void load_all(const thread Row<KIND, T>& row, Device<const uint> signs, uint start, uint index) thread {
     uint first = Part::first_column(index), first_bit = first + (SIZE % 32 == 0 ? 0 : start % 32);
     Row<KIND, T> mine = row.from(start + first);
     Device<const uint> my_signs = signs + start / 32;
@@ -155,20 +155,20 @@ struct Turn {
     }
   }
 
-  void measure(thread Measure& all) const {
+  void measure(thread Measure& all) const thread {
     UNROLL
     for (int v = 0; v < ODD * EACH; v++) {
       all.add(runs[v / EACH].at[v % EACH], weight(v / EACH, v % EACH));
     }
   }
 
-  float weight(int a, int i) const {
+  float weight(int a, int i) const thread {
     return KIND == NORMED ? weights[KIND == NORMED ? a : 0][KIND == NORMED ? i / VECTOR : 0][i % VECTOR] : 1.0f;
   }
 
   // Normalises and flips what was loaded; `factor` as in Row.
   template <typename T>
-  void flip(const thread Row<KIND, T>& row, float factor) {
+  void flip(const thread Row<KIND, T>& row, float factor) thread {
     UNROLL
     for (int v = 0; v < ODD * EACH; v++) {
       int a = v / EACH, i = v % EACH;
@@ -179,7 +179,7 @@ struct Turn {
   }
 
   template <int AT_ONCE>
-  void transform(Shared<float> scratch, uint index, bool busy = true) {
+  void transform(Shared<float> scratch, uint index, bool busy = true) thread {
     if (TRANSFORM) {
       transform_runs<ODD, POWER, THREADS, AT_ONCE>(runs, scratch, index, busy);
     }
@@ -194,7 +194,7 @@ struct Turn {
   }
 
   // Value (b, i), not normalised.
-  float value(int b, int i) const {
+  float value(int b, int i) const thread {
     if (ODD == 1) {
       return runs[0].at[i];
     }
@@ -208,7 +208,7 @@ struct Turn {
 
   // Writes all values, the first at column `start` of `target`.
   template <typename TARGET>
-  void write(const thread TARGET& target, uint start, uint index) const {
+  void write(const thread TARGET& target, uint start, uint index) const thread {
     if (!owns(index)) {
       return;
     }
@@ -235,7 +235,7 @@ struct Target {
 
   // PAIRS: two values beside each other, the first in an even column.
   template <bool PAIRS>
-  void write(uint column, float first, float second) const {
+  void write(uint column, float first, float second) const thread {
     first *= factor;
     second *= factor;
     UNROLL

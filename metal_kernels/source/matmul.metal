@@ -18,7 +18,7 @@ struct Staged {
   CONSTANT int EACH = COLUMNS * 8 / THREADS;
   uint4 at[EACH];
 
-  void load(Device<const half> x, uint held, uint first, uint end, uint position, uint index) {
+  void load(Device<const half> x, uint held, uint first, uint end, uint position, uint index) thread {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint vector = index + i * THREADS, row = first + vector / 8;
@@ -29,7 +29,7 @@ struct Staged {
     }
   }
 
-  void store(Shared<uint4> tile, uint index) {
+  void store(Shared<uint4> tile, uint index) thread {
     UNROLL
     for (int i = 0; i < EACH; i++) {
       uint vector = index + i * THREADS;
@@ -52,7 +52,7 @@ template <int TILES, int PIECES>
 struct Results {
   float at[TILES][PIECES][4];
 
-  void clear() {
+  void clear() thread {
     UNROLL
     for (int i = 0; i < TILES * PIECES * 4; i++) {
       at[i / (4 * PIECES)][i / 4 % PIECES][i % 4] = 0;
@@ -61,7 +61,7 @@ struct Results {
 
   // Half a unit, two planes, of all tiles times all pieces.
   template <typename UNIT>
-  void add(const thread uint4 (&planes)[2 * TILES], Shared<uint4> tile, uint first_column, int p, uint seat) {
+  void add(const thread uint4 (&planes)[2 * TILES], Shared<uint4> tile, uint first_column, int p, uint seat) thread {
     UNROLL
     for (int i = 0; i < PIECES; i++) {
       uint4 x = UNIT::operands(tile, first_column + 8 * i, uint(p), seat);
@@ -74,7 +74,7 @@ struct Results {
   }
 
   template <int PARTS, typename T, typename FACTORS>
-  void write(Device<T> out, const thread FACTORS& factors, uint first_tile, uint rows, uint first, uint end, uint seat) {
+  void write(Device<T> out, const thread FACTORS& factors, uint first_tile, uint rows, uint first, uint end, uint seat) thread {
     UNROLL
     for (int i = 0; i < TILES * PIECES * 2; i++) {
       uint row = 16 * (first_tile + i / (2 * PIECES)) + seat / 4 + 8 * (i % 2);

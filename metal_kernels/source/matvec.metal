@@ -19,11 +19,11 @@ struct Result {
   Device<const T> added;
   uint rows;
 
-  float scaled(float sum, uint output) const {
+  float scaled(float sum, uint output) const thread {
     return rounded<T>(sum * factors[output]);
   }
 
-  void write(uint row, uint output, float value) const {
+  void write(uint row, uint output, float value) const thread {
     if (row < rows) {
       float more = ADDED > 0 ? static_cast<float>(added[(ADDED > 1 ? output : 0) * rows + row]) : 0;
       out[output * rows + row] = static_cast<T>(value + more);
@@ -42,14 +42,16 @@ struct TileRun {
   uint index, lane, pairs, tile, count, share, begin, end;
   Block<BITS, GROUP> next;
 
-  // What is decoded first is on its way, and the decoder ready after a barrier.
   TileRun(const thread Weight<BITS, GROUP>& all, const thread Decoder<BITS, true, NVIDIA>& decoding, uint group,
           uint groups, uint thread_index)
       : weight(all), decoder(decoding), index(thread_index), lane(thread_index % 32), pairs(all.tiles / EACH),
         tile(group * (pairs / groups) + least(group, pairs % groups)), count(pairs / groups + (group < pairs % groups ? 1 : 0)),
-        share((EACH * count * all.blocks + SIMDGROUPS - 1) / SIMDGROUPS),
-        begin(thread_index / 32 * share), end(least(begin + share, EACH * count * all.blocks)),
-        next(all, tile_at(begin / all.blocks), begin % all.blocks, lane) {
+        share((EACH * count * all.blocks + SIMDGROUPS - 1) / SIMDGROUPS), begin(thread_index / 32 * share),
+        end(least(begin + share, EACH * count * all.blocks)),
+        next(all, begin / all.blocks + first_tile(begin / all.blocks, tile, count, pairs), begin % all.blocks, lane) {}
+
+  // What is decoded first is on its way, and the decoder ready after a barrier.
+  void start() thread {
     if (begin < end) {
       next.load();
     }
@@ -59,7 +61,7 @@ struct TileRun {
   // Products with `columns` columns, whose outputs begin with `first`; partial (SIMDGROUPS, PIECES, 16, COLUMNS).
   template <int PARTS, typename T, typename X, typename RESULT>
   void multiply(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial, const thread RESULT& result,
-                uint first, uint columns) {
+                uint first, uint columns) thread {
     add_up(x, partial + index / 32 * (PIECES * PIECE));
     barrier();
     uint outputs = columns / PARTS;
@@ -78,14 +80,14 @@ struct TileRun {
     return a < b ? a : b;
   }
 
-  // Tile j of the run, pairs after all others.
-  uint tile_at(uint j) const {
-    return tile + (PAIRED && j >= count ? pairs - count : 0) + j;
+  // What the number of tile j of a run is more than j; pairs come after all others.
+  static uint first_tile(uint j, uint tile, uint count, uint pairs) {
+    return tile + (PAIRED && j >= count ? pairs - count : 0);
   }
 
   // This simdgroup's sums, of one tile after the other. GROUP 0: one scale a row, applied at the end.
   template <typename X>
-  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) {
+  void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) thread {
     constexpr int RUNS = runs_of_load<COLUMNS, NVIDIA>(), EACH_GROUP = GROUP ? GROUP : COLUMNS_OF_BLOCK;
     constexpr int LOADS = 8 / RUNS, AHEAD = NVIDIA && LOADS > 1 ? 2 : 1;
     constexpr uint ONES = 0x3c003c00u;
@@ -129,7 +131,7 @@ struct TileRun {
         }
       }
       if (ends || !more) {
-        store(GROUP == 0 && RUNS == 1 ? group : total, partial, tile_at(j));
+        store(GROUP == 0 && RUNS == 1 ? group : total, partial, j + first_tile(j, tile, count, pairs));
         total.clear();
         if (GROUP == 0 && RUNS == 1) {
           group.clear();
@@ -141,7 +143,7 @@ struct TileRun {
     }
   }
 
-  void store(const thread Sums<COLUMNS, NVIDIA>& total, Shared<float> partial, uint of_tile) const {
+  void store(const thread Sums<COLUMNS, NVIDIA>& total, Shared<float> partial, uint of_tile) const thread {
     Sums<COLUMNS, NVIDIA> sums = total;
     if (GROUP == 0) {
       sums.scale(load_pair(weight.scales() + (of_tile * 8 + lane / 4) * 2));
@@ -151,7 +153,7 @@ struct TileRun {
 
   // Of a row of tile j and an output, over simdgroups and parts.
   template <int PARTS>
-  float sum_of(Shared<float> partial, uint j, uint row, uint output) const {
+  float sum_of(Shared<float> partial, uint j, uint row, uint output) const thread {
     uint from = j * weight.blocks;
     float sum = 0;
     for (uint s = from / share; s * share < from + weight.blocks; s++) {
@@ -171,6 +173,7 @@ inline void matvec(Device<const half> x, const thread Weight<BITS, GROUP>& weigh
                    const thread Decoder<BITS, true, NVIDIA>& decoder, const thread RESULT& result, Shared<float> partial,
                    uint held, uint columns, uint group_x, uint groups, uint group_y, uint index) {
   TileRun<BITS, GROUP, SIMDGROUPS, PIECES, COLUMNS, NVIDIA, false> tiles(weight, decoder, group_x, groups, index);
+  tiles.start();
   uint first = group_y * COLUMNS, end = first + COLUMNS < columns ? first + COLUMNS : columns;
   RowsOfLane<COLUMNS, NVIDIA, Device<const half>> rows(x, 32, held, first, end, index % 32);
   if (NVIDIA) {

@@ -22,7 +22,7 @@ struct Group {
   float at[EACH];
 
   // The absolute maximum for 8 bits, otherwise the root mean square refitted twice by least squares.
-  float scale(Device<const float> codebook, uint lane) const {
+  float scale(Device<const float> codebook, uint lane) const thread {
     float most = 0, energy = 0;
     UNROLL
     for (int i = 0; i < EACH; i++) {
@@ -47,7 +47,7 @@ struct Group {
     return scale;
   }
 
-  uint code(float value, float scale, Device<const float> codebook) const {
+  uint code(float value, float scale, Device<const float> codebook) const thread {
     float scaled = scale > 0 ? value / scale : 0.0f;
     if (BITS == 8) {
       scaled = scaled < -1 ? -1.0f : (scaled > 1 ? 1.0f : scaled);

@@ -1,4 +1,6 @@
 // The kernels' dialect in Metal's own words.
+#include <metal_simdgroup_matrix>
+
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ROLLED _Pragma("clang loop unroll(disable)")
 #define THREADGROUP_ARRAY(type, name, size) threadgroup type name[size]
@@ -10,8 +12,6 @@
 #define THREADGROUP_LARGE(type, name, size) threadgroup type name[1]
 // A constant of a program or a type must lie in this address space.
 #define CONSTANT static constant constexpr const
-
-#include <metal_simdgroup_matrix>
 
 namespace turboquant {
 
@@ -60,7 +60,7 @@ struct LaneTable {
   LaneTable() : mine(0) {}
   explicit LaneTable(uint word) : mine(word) {}
 
-  uint at(uint lane) const {
+  uint at(uint lane) const thread {
     return simd_shuffle(mine, ushort(lane));
   }
 };
@@ -181,10 +181,10 @@ inline float bits_float(uint bits) {
 inline void multiply_eights(thread float& first, thread float& second, uint a, uint b) {
   metal::simdgroup_matrix<half, 8, 8> left, right;
   metal::simdgroup_matrix<float, 8, 8> sums;
-  for (ushort i = 0; i < 2; i++) {
-    left.thread_elements()[i] = as_type<half2>(a)[i];
-    right.thread_elements()[i] = as_type<half2>(b)[i];
-  }
+  left.thread_elements()[0] = as_type<half2>(a).x;
+  left.thread_elements()[1] = as_type<half2>(a).y;
+  right.thread_elements()[0] = as_type<half2>(b).x;
+  right.thread_elements()[1] = as_type<half2>(b).y;
   sums.thread_elements()[0] = first;
   sums.thread_elements()[1] = second;
   simdgroup_multiply_accumulate(sums, left, right, sums);

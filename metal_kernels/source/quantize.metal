@@ -11,7 +11,7 @@ struct Levels {
   float values[LEVELS];
   float edges[LEVELS];
 
-  float nearest(float x) const {
+  float nearest(float x) const thread {
     float value = values[0];
     UNROLL
     for (int i = 1; i < LEVELS; i++) {
@@ -20,7 +20,7 @@ struct Levels {
     return value;
   }
 
-  uint code(float x) const {
+  uint code(float x) const thread {
     uint code = 0;
     UNROLL
     for (int i = 1; i < LEVELS; i++) {

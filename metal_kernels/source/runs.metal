@@ -34,7 +34,7 @@ struct Run {
   }
 
   template <int FIRST>
-  void within_thread() {
+  void within_thread() thread {
     UNROLL
     for (int distance = FIRST; distance < EACH; distance *= 2) {
       UNROLL
@@ -49,7 +49,7 @@ struct Run {
   }
 
   // The butterflies that one simdgroup can do.
-  void transform(uint lane) {
+  void transform(uint lane) thread {
     within_thread<1>();
     UNROLL
     for (int i = 0; i < EACH; i++) {
@@ -82,7 +82,7 @@ struct Run {
 
   // To and, after a barrier, from `buffer`: those of STEP consecutive columns that are column `of`.
   template <int STEP>
-  void put(Shared<float> buffer, int of, uint index) const {
+  void put(Shared<float> buffer, int of, uint index) const thread {
     Shared<float> mine = buffer + spread(first_column(index) / STEP);
     UNROLL
     for (int i = 0; i < EACH; i += STEP) {
@@ -91,7 +91,7 @@ struct Run {
   }
 
   template <int STEP>
-  void take(Shared<float> buffer, int of, uint index) {
+  void take(Shared<float> buffer, int of, uint index) thread {
     Shared<float> mine = buffer + spread(first_turned(index) / STEP);
     UNROLL
     for (int i = 0; i < EACH; i += STEP) {
@@ -100,7 +100,7 @@ struct Run {
   }
 
   // The butterflies over simdgroups, of values that have changed places.
-  void transform_turned(uint lane) {
+  void transform_turned(uint lane) thread {
     within_thread<KEPT>();
     UNROLL
     for (int i = 0; i < EACH; i++) {

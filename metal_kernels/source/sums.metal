@@ -38,7 +38,7 @@ struct Activations {
 
   // Columns 32p + 8t to 32p + 8t + 7 of a unit, `position` of them before it; rows as in RowsOfLane.
   template <typename X>
-  void load(const thread RowsOfLane<COLUMNS, NVIDIA, X>& rows, uint position) {
+  void load(const thread RowsOfLane<COLUMNS, NVIDIA, X>& rows, uint position) thread {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
       at[i] = load4(rows.x + rows.offsets[i] + position * rows.step);
@@ -51,7 +51,7 @@ struct Sums {
   CONSTANT int VALUES = 2 * COLUMNS;
   float at[VALUES];
 
-  void clear() {
+  void clear() thread {
     UNROLL
     for (int i = 0; i < VALUES; i++) {
       at[i] = 0;
@@ -59,7 +59,7 @@ struct Sums {
   }
 
   // Plane q's matrix times the activations.
-  void add(uint4 pairs, const thread Activations<COLUMNS, NVIDIA>& x, int q) {
+  void add(uint4 pairs, const thread Activations<COLUMNS, NVIDIA>& x, int q) thread {
     uint4 w = pairs;
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
@@ -70,7 +70,7 @@ struct Sums {
   }
 
   // The sums of run `run` of a block, times the scales of rows g and g + 8.
-  void add_scaled(const thread Sums<COLUMNS, NVIDIA>& other, uint scales, int, uint) {
+  void add_scaled(const thread Sums<COLUMNS, NVIDIA>& other, uint scales, int, uint) thread {
     UNROLL
     for (int i = 0; i < COLUMNS; i++) {
       at[i] += low(scales) * other.at[i];
@@ -78,7 +78,7 @@ struct Sums {
     }
   }
 
-  void scale(uint scales) {
+  void scale(uint scales) thread {
     UNROLL
     for (int i = 0; i < VALUES; i++) {
       at[i] *= i < COLUMNS ? low(scales) : high(scales);
@@ -86,7 +86,7 @@ struct Sums {
   }
 
   // To partial (16, COLUMNS); the four lanes of a row have a quarter of its columns each.
-  void store(Shared<float> partial, uint lane) {
+  void store(Shared<float> partial, uint lane) thread {
     UNROLL
     for (int i = 0; i < VALUES; i++) {
       at[i] += shuffle_xor(at[i], 1);
@@ -108,7 +108,7 @@ struct Activations<COLUMNS, true> {
   uint4 at;
 
   template <typename X>
-  void load(const thread RowsOfLane<COLUMNS, true, X>& rows, uint position) {
+  void load(const thread RowsOfLane<COLUMNS, true, X>& rows, uint position) thread {
     at = load4(rows.x + rows.offsets[0] + position * rows.step);
   }
 };
@@ -119,19 +119,19 @@ struct Sums<COLUMNS, true> {
   CONSTANT int RUNS = runs_of_load<COLUMNS, true>(), LANES = COLUMNS > 2 ? COLUMNS / 2 : 1;
   float at[4];
 
-  void clear() {
+  void clear() thread {
     UNROLL
     for (int i = 0; i < 4; i++) {
       at[i] = 0;
     }
   }
 
-  void add(uint4 pairs, const thread Activations<COLUMNS, true>& x, int q) {
+  void add(uint4 pairs, const thread Activations<COLUMNS, true>& x, int q) thread {
     matrix_multiply(at, pairs, q % 2 ? x.at.z : x.at.x, q % 2 ? x.at.w : x.at.y);
   }
 
   // Columns of lanes whose run this is not are another run's weights times this one's activations.
-  void add_scaled(const thread Sums<COLUMNS, true>& other, uint scales, int run, uint lane) {
+  void add_scaled(const thread Sums<COLUMNS, true>& other, uint scales, int run, uint lane) thread {
     if (RUNS == 1 || lane % 4 / LANES == uint(run % RUNS * COLUMNS / (2 * LANES))) {
       UNROLL
       for (int i = 0; i < 4; i++) {
@@ -142,14 +142,14 @@ struct Sums<COLUMNS, true> {
     }
   }
 
-  void scale(uint scales) {
+  void scale(uint scales) thread {
     UNROLL
     for (int i = 0; i < 4; i++) {
       at[i] *= i < 2 ? low(scales) : high(scales);
     }
   }
 
-  void store(Shared<float> partial, uint lane) {
+  void store(Shared<float> partial, uint lane) thread {
     UNROLL
     for (int i = 0; i < 4; i++) {
       UNROLL

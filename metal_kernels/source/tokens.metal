@@ -23,7 +23,7 @@ struct Stream {
   uint at[WORDS + 1];
 
   // Run `which` of the head that begins with word `head` of all.
-  void load(Device<const uint> all, uint head, uint which) {
+  void load(Device<const uint> all, uint head, uint which) thread {
     uint word = which * SIZE / 32, last = SIZE * RUNS / 32 - 1;
     Device<const uint> run = bytes_after(all, 4 * (head + word));
     at[WORDS] = 0;
@@ -45,7 +45,7 @@ struct Stream {
   }
 
   // Where a run begins its words can be read four or two at once.
-  void load_vectors(Device<const uint> run) {
+  void load_vectors(Device<const uint> run) thread {
     UNROLL
     for (int i = 0; i + 2 <= WORDS; i += SIZE % 128 == 0 ? 4 : 2) {
       if (SIZE % 128 == 0) {
@@ -63,7 +63,7 @@ struct Stream {
   }
 
   // Codes 4c to 4c + 3 in the low bits.
-  uint four(int c) const {
+  uint four(int c) const thread {
     int bit = 4 * BITS * c, word = bit / 32, shift = bit % 32;
     return shift + 4 * BITS <= 32 ? at[word] >> shift : shift_right(at[word], at[word + 1], uint(shift));
   }
@@ -72,7 +72,7 @@ struct Stream {
 struct Pairs {
   uint first, second;
 
-  Pairs times(uint scales) const {
+  Pairs times(uint scales) const thread {
     return Pairs{multiply_pairs(first, scales), multiply_pairs(second, scales)};
   }
 };
@@ -177,19 +177,27 @@ struct TokenRun {
   uint first_scale, which, scale;
 
   TokenRun(Device<const uint> all, Device<const half> all_scales, uint token, uint run)
-      : scales(all_scales), first_scale(token * GROUPS), which(run), scale(0) {
-    codes.load(all, token * WORDS, run);
-    scale = scale_of(0);
+      : codes(read(all, token, run)), scales(all_scales), first_scale(token * GROUPS), which(run),
+        scale(scale_at(all_scales, token * GROUPS + run * COUNT / GROUP)) {}
+
+  // Members of what is being made are not where a thread's own lie, to Metal from 4.1 on.
+  static Stream<BITS, COUNT, RUNS> read(Device<const uint> all, uint token, uint run) {
+    Stream<BITS, COUNT, RUNS> made;
+    made.load(all, token * WORDS, run);
+    return made;
   }
 
-  uint scale_of(int c) const {
-    uint place = first_scale + (which * COUNT + 4 * c) / GROUP;
+  static uint scale_at(Device<const half> scales, uint place) {
     float factor = static_cast<float>(bytes_after(scales, 2 * place)[0]) * scale_factor<BITS>();
     return pack_halves(factor, factor);
   }
 
+  uint scale_of(int c) const thread {
+    return scale_at(scales, first_scale + (which * COUNT + 4 * c) / GROUP);
+  }
+
   // Values 8c to 8c + 7 of which a run may lack the last four, to be multiplied by `factor`.
-  uint4 eight(int c, const thread LaneTable& values) const {
+  uint4 eight(int c, const thread LaneTable& values) const thread {
     bool whole = 8 * c + 4 < COUNT;
     uint4 all = TokenDecoder<BITS, false>::decode(codes.four(2 * c), whole ? codes.four(2 * c + 1) : 0, values);
     if (ONE_SCALE) {
@@ -200,18 +208,18 @@ struct TokenRun {
                  multiply_pairs(all.w, second)};
   }
 
-  float factor() const {
+  float factor() const thread {
     return ONE_SCALE ? low(scale) : 1.0f;
   }
 
   // The scale, twice, of codes 4c to 4c + 3.
-  uint scales_of(int c) const {
+  uint scales_of(int c) const thread {
     return ONE_SCALE ? scale : scale_of(c);
   }
 
   // Values 4c to 4c + 3 of this token, and of another one: two pairs each.
   template <bool NVIDIA>
-  uint4 values_with(const thread TokenRun& other, int c, const thread LaneTable& values) const {
+  uint4 values_with(const thread TokenRun& other, int c, const thread LaneTable& values) const thread {
     uint4 all = TokenDecoder<BITS, NVIDIA>::decode(codes.four(c), other.codes.four(c), values);
     uint mine = scales_of(c), others = other.scales_of(c);
     return uint4{multiply_pairs(all.x, mine), multiply_pairs(all.y, mine), multiply_pairs(all.z, others),

@@ -17,7 +17,7 @@ struct Planes {
   uint4 at[COUNT];
 
   template <int BITS, int GROUP>
-  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, false, true>& decoder) {
+  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, false, true>& decoder) thread {
     constexpr int EACH = GROUP ? GROUP : 256;
     UNROLL
     for (int i = 0; i < COUNT; i++) {
@@ -38,7 +38,7 @@ struct Stages {
   Shared<Arrival> arrived;
 
   // By one thread, a barrier before others wait.
-  void begin() const {
+  void begin() const thread {
     UNROLL
     for (int i = 0; i < 4; i++) {
       set_up(arrived + i);
@@ -50,7 +50,7 @@ struct Stages {
   }
 
   // By one thread.
-  void ask(uint unit) const {
+  void ask(uint unit) const thread {
     expect(arrived + unit % 4, 16 * VECTORS);
     UNROLL
     for (int i = 0; i < COLUMNS / 64; i++) {
@@ -58,11 +58,11 @@ struct Stages {
     }
   }
 
-  void wait(uint unit) const {
+  void wait(uint unit) const thread {
     wait_for(arrived + unit % 4, unit / 4 % 2);
   }
 
-  Shared<uint4> stage(uint unit) const {
+  Shared<uint4> stage(uint unit) const thread {
     return staged + unit % 4 * VECTORS;
   }
 };
@@ -72,7 +72,7 @@ template <int COLUMNS>
 struct WarpgroupSums {
   float at[COLUMNS / 2];
 
-  void clear() {
+  void clear() thread {
     UNROLL
     for (int i = 0; i < COLUMNS / 2; i++) {
       at[i] = 0;
@@ -81,7 +81,7 @@ struct WarpgroupSums {
 
   // Planes `first` and those after it of a unit.
   template <int COUNT>
-  void add(const thread Planes<COUNT>& planes, Shared<uint4> stage, int first) {
+  void add(const thread Planes<COUNT>& planes, Shared<uint4> stage, int first) thread {
     begin_products();
     UNROLL
     for (int i = 0; i < COUNT; i++) {
@@ -92,7 +92,7 @@ struct WarpgroupSums {
 
   // Results of one thread to `results` (COLUMNS / PARTS, stride), their first output `first`.
   template <int PARTS, typename T, typename FACTORS>
-  void store(Shared<T> results, int stride, const thread FACTORS& factors, uint first, uint end, uint index) const {
+  void store(Shared<T> results, int stride, const thread FACTORS& factors, uint first, uint end, uint index) const thread {
     uint row = index / 32 * 16 + index % 32 / 4;
     UNROLL
     for (int i = 0; i < COLUMNS / PARTS / 4; i++) {

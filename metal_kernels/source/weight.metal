@@ -23,17 +23,17 @@ struct Weight {
       : tiles(all_tiles), blocks(blocks_of_row), codes(all), words(all + tiles * blocks * CODES),
         fixed(words + tiles * (GROUP ? blocks : 1) * SCALES) {}
 
-  uint padded() const {
+  uint padded() const thread {
     return blocks * COLUMNS_OF_BLOCK;
   }
 
-  Device<const half> scales() const {
+  Device<const half> scales() const thread {
     return as_halves(words);
   }
 
   // The weight of one of COUNT experts, whose tiles follow each other.
   template <int COUNT>
-  Weight expert(uint which) const {
+  Weight expert(uint which) const thread {
     Weight one = *this;
     one.tiles = tiles / COUNT;
     one.codes = codes + which * one.tiles * blocks * CODES;
@@ -47,7 +47,7 @@ struct Scales {
   uint at[GROUPS];
 
   // `mine` is where those of rows g and g + 8 begin.
-  void load(Device<const half> mine) {
+  void load(Device<const half> mine) thread {
     UNROLL
     for (int i = 0; i < GROUPS / 4; i++) {
       uint4 four = load4(mine + 8 * i);
@@ -76,12 +76,12 @@ struct Block {
       : codes(weight.codes + (tile * weight.blocks + block) * (128 * BITS) + 4 * lane),
         factors(weight.scales() + ((GROUP ? tile * weight.blocks + block : tile) * 8 + lane / 4) * (2 * GROUPS)) {}
 
-  void load() {
+  void load() thread {
     words = load_words<BITS>(codes);
     scales.load(factors);
   }
 
-  void advance(uint by) {
+  void advance(uint by) thread {
     codes = codes + by * (128 * BITS);
     factors = factors + (GROUP ? by * (16 * GROUPS) : 0);
   }

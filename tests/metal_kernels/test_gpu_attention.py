@@ -74,6 +74,22 @@ def test_attention_gives_what_the_reference_gives(
     _compare(tmp_path, machine, of_keys, of_values, prepared)
 
 
+@pytest.mark.parametrize("machine", ["cuda", "metal"])
+def test_arrays_of_a_few_values_lie_where_others_do(tmp_path: Path, machine: Gpu) -> None:
+    """A cache with room for one token, and masks of four values and of one."""
+    code = cache_code(64, 2, 64, 1)
+    q, k, v, how, options = _case((1, 1, 1, 1, 1, "none"), code, code)
+    k, v = ((codes[:, :, :1], scales[:, :, :1]) for codes, scales in (k, v))
+    prepared: dict[str, Any] = {"one token": (q, k, v, how, options | {"bias": mx.full((1, 1, 1, 1), 0.5)})}
+    for name, rows, length, bias in (
+        ("four values", 2, 2, mx.array([[0.0, -mx.inf], [0.3, 0.1]])),
+        ("one", 1, 5, mx.array([[0.5]])),
+    ):
+        q, k, v, how, options = _case((1, 4, 2, rows, length, "none"), code, code)
+        prepared[name] = q, k, v, how, options | {"bias": bias[None, None]}
+    _compare(tmp_path, machine, code, code, prepared)
+
+
 MANY = {
     "all seen": (1, 2, 1, 32, 131, "none"),
     "queries in order": (1, 9, 3, 40, 140, "causal"),

@@ -40,12 +40,13 @@ def test_what_does_not_compile_or_is_wrong_is_named_and_not_used(
     monkeypatch.setattr(dispatch, "active_backend", lambda: "metal")
 
     def broken(*_: object) -> list[mx.array]:
-        raise RuntimeError("Unable to build metal library from source\nprogram_source:1: error")
+        raise RuntimeError("Unable to build metal library from source\nprogram_source:1: error: no such thing")
 
     def wrong(_: Kernel, __: object, outputs: list[tuple[tuple[int, ...], mx.Dtype]], *___: object) -> list[mx.array]:
         return [mx.ones(shape, dtype) for shape, dtype in outputs]
 
-    for launch, reason in ((broken, "Unable to build metal library from source"), (wrong, "its result is off by")):
+    unbuilt = "Unable to build metal library from source: program_source:1: error: no such thing"
+    for launch, reason in ((broken, unbuilt), (wrong, "its result is off by")):
         probe.works.cache_clear()
         monkeypatch.setattr(Kernel, "launch", launch)
         with pytest.warns(RuntimeWarning, match=f"kernel for {operation} does not work on this machine: {reason}"):

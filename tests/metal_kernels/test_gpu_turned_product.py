@@ -89,6 +89,15 @@ def test_norms_gates_and_residuals_round_as_their_own_steps_do(tmp_path: Path, d
 
 
 @pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_a_few_outputs_with_something_to_add(tmp_path: Path, gpu: turned_product.Dialect) -> None:
+    weight, values = weight_of(4, 64, 320, rows=4, gpu=gpu)
+    x, added = activations(1, 320, mx.float16), activations(1, 4, mx.float16)
+    (y,) = on_machine(tmp_path, lambda: [turned_product.turned_product(x, weight, gpu, added=added)])
+    expected = x.astype(mx.float32) @ values.T + added
+    assert mx.abs(y - expected).max() < BOUND[mx.float16] * mx.abs(expected).max()
+
+
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
 @pytest.mark.parametrize(("dtype", "group"), [(mx.float16, 64), (mx.float32, 0)], ids=str)
 def test_simdgroups_cross_from_gates_to_ups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, group: int, gpu: turned_product.Dialect

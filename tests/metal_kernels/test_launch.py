@@ -51,7 +51,6 @@ def test_cuda_kernels_are_given_as_files(made: list[dict[str, Any]]) -> None:
     assert inside.endswith(KERNEL.body)
     for line in ("constexpr int BITS = 3;", "constexpr bool LATE = true;", "using T = __nv_bfloat16;"):
         assert line in inside
-    assert kernel["launches"][0]["template"] == []
     assert (kernel["launches"][0]["grid"], kernel["launches"][0]["threadgroup"]) == ((192, 2, 1), (64, 1, 1))
 
 
@@ -88,3 +87,20 @@ def test_a_text_that_cannot_be_written_is_told(made: list[dict[str, Any]], monke
     with pytest.raises(KernelError, match=r"a GPU kernel's text could not be written to .+: .*Not a directory"):
         start(BITS=4, T=mx.float32)
     assert not made
+
+
+def test_metal_kernels_carry_constants_and_a_bound_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value may reach a name that MLX makes: before 0.32.4 it put a minus there."""
+    kernels: list[dict[str, Any]] = []
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "_dialect", lambda: "metal")
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **texts: kernels.append(texts) or (lambda **g: given.append(g)))
+    launch._on_metal.cache_clear()
+    start(BITS=-3, T=mx.bfloat16)
+    KERNEL.launch([mx.ones((2, 2))], [((8,), mx.float16)], (3, 2), 64, {"BITS": -3, "T": mx.bfloat16})
+    launch._on_metal.cache_clear()
+    (kernel,) = kernels
+    assert kernel["header"] == KERNEL.header("metal") + "[[max_total_threads_per_threadgroup(64)]]\n"
+    assert kernel["source"] == "constexpr int BITS = -3;\nusing T = bfloat16_t;\n" + KERNEL.body
+    assert all("template" not in one for one in given)
+    assert given[1]["inputs"][0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0], "long enough to lie where others do"

@@ -26,8 +26,9 @@ FAULTS = {
     ),
     "a double": ("at[i] = 0;", "at[i] = 0.5 * at[i];", "increases floating-point precision"),
     "a name that Metal has not": ("exp2(", "exp2f(", "exp2f"),
-    "a member template not said to be one": (
-        "turboquant::matvec<BITS", "weight.expert<2>(0);\nturboquant::matvec<BITS", "missing 'template' keyword",
+    "a member of what may lie anywhere": (
+        "void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) thread {",
+        "void add_up(const thread RowsOfLane<COLUMNS, NVIDIA, X>& x, Shared<float> partial) {", "__generic",
     ),
 }  # fmt: skip
 

@@ -1,14 +1,24 @@
-// Metal's names for clang, which reads Metal itself on a Mac: a pointer to one address space is none to another, and what
-// names none lies with the thread.
+// Metal's names for clang, which reads Metal itself on a Mac: a pointer to one address space is none to another. In C++ what
+// names none lies with the thread, as in Metal up to 4.0; in C++ for OpenCL anywhere, as in Metal from 4.1 on.
+#ifdef __OPENCL_CPP_VERSION__
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define device __global
+#define constant __constant
+#define threadgroup __local
+#define thread __private
+#define KERNEL __kernel
+#else
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #define thread
+#define KERNEL
+using half = _Float16;
+#endif
 
 using uchar = unsigned char;
 using ushort = unsigned short;
 using uint = unsigned int;
-using half = _Float16;
 using bfloat16_t = __bf16;
 using uint2 = uint __attribute__((ext_vector_type(2)));
 using uint3 = uint __attribute__((ext_vector_type(3)));
@@ -47,10 +57,10 @@ template <typename T, int ROWS, int COLUMNS>
 struct simdgroup_matrix {
   using Elements = T __attribute__((ext_vector_type(2)));
   Elements elements;
-  Elements& thread_elements();
+  thread Elements& thread_elements() thread;
 };
 } // namespace metal
 template <typename T, typename U>
 void simdgroup_multiply_accumulate(
-    metal::simdgroup_matrix<T, 8, 8>& sums, metal::simdgroup_matrix<U, 8, 8>& left,
-    metal::simdgroup_matrix<U, 8, 8>& right, metal::simdgroup_matrix<T, 8, 8>& added);
+    thread metal::simdgroup_matrix<T, 8, 8>& sums, metal::simdgroup_matrix<U, 8, 8> left,
+    metal::simdgroup_matrix<U, 8, 8> right, metal::simdgroup_matrix<T, 8, 8> added);

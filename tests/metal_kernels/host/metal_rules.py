@@ -1,7 +1,8 @@
 """Reads kernels' text for Metal, its prelude too, with clang: address spaces, constants' places, types, names.
 
 Metal is C++ with address spaces, and Apple's compiler is a clang. What it refuses and clang alone would not is looked
-for in the syntax tree.
+for in the syntax tree. Metal from 4.1 on, which macOS 27 has, takes what names no address space to lie anywhere, also a
+member's own object, as C++ for OpenCL does: a program that is sound is read as that as well.
 """
 
 import re
@@ -14,17 +15,18 @@ import mlx.core as mx
 from clang import cindex
 from clang.cindex import CursorKind
 
-from metal_kernels.launch import Constants, Kernel
+from metal_kernels.launch import FEW_VALUES, METAL_TYPES, Constants, Kernel, definitions
 
-TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint32: "uint"}
-FEW_VALUES = 8
-"""MLX hands an input of fewer to a kernel in the constant address space."""
-
-ARGUMENTS = [
-    "-x", "c++", "-std=c++17", "-target", "x86_64-linux-gnu", "-nostdinc", "-fno-exceptions", "-fno-rtti",
-    "-fno-builtin", "-Wall", "-Wextra", "-Wdouble-promotion", "-Wno-unused-parameter", "-Wno-unused-variable",
-    "-Wno-unknown-pragmas",
+TYPES = METAL_TYPES | {mx.uint32: "uint"}
+WARNINGS = [
+    "-nostdinc", "-Wall", "-Wextra", "-Wdouble-promotion", "-Wno-unused-parameter", "-Wno-unused-variable",
+    "-Wno-unknown-pragmas", "-Wno-pass-failed", "-Wno-undefined-internal", "-Wno-undefined-inline",
 ]  # fmt: skip
+ARGUMENTS = [
+    "-x", "c++", "-std=c++14", "-target", "x86_64-linux-gnu", "-fno-exceptions", "-fno-rtti", "-fno-builtin", *WARNINGS,
+]  # fmt: skip
+GENERIC = ["-x", "clcpp", "-cl-std=clc++1.0", "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-cl-no-stdinc", *WARNINGS]
+"""Of a target that has all types."""
 STORAGE = re.compile(r"threadgroup \w+ [\w#]+\[")
 """An array of threadgroup memory, which C++ would put on the stack."""
 
@@ -49,8 +51,12 @@ def faults(kernel: Kernel, constants: Constants, inputs: Sequence[mx.array], out
 @cache
 def diagnostics(text: str) -> list[str]:
     """What clang says of a program, by line; warnings too."""
-    found = _parsed(text)[0].diagnostics
-    return [str(fault) + "".join(f"\n  {note}" for note in fault.children) for fault in found]
+    for name in ("kernel.cpp", "kernel.clcpp"):
+        unit = _parsed(text, name)[0]
+        found = [str(fault) + "".join(f"\n  {note}" for note in fault.children) for fault in unit.diagnostics]
+        if found:
+            return found
+    return []
 
 
 @cache
@@ -61,36 +67,24 @@ def misplaced(text: str) -> list[str]:
     return [fault for cursor in declared if (fault := _fault(cursor, whole))]
 
 
-def _parsed(text: str) -> tuple[Any, str, int]:
+def _parsed(text: str, name: str = "kernel.cpp") -> tuple[Any, str, int]:
     """The syntax tree of a program, the text that was parsed, and how much of that is not the program's."""
-    head = Path(__file__).with_name("metal.h").read_text() + "\n"
-    whole = head + STORAGE.sub(r"static \g<0>", text).replace("#include <metal_simdgroup_matrix>", "")
-    return cindex.Index.create().parse("kernel.cpp", ARGUMENTS, [("kernel.cpp", whole)]), whole, len(head)
+    head, in_cpp = Path(__file__).with_name("metal.h").read_text() + "\n", name == "kernel.cpp"
+    whole = text.replace("#include <metal_simdgroup_matrix>", "")
+    whole = head + (STORAGE.sub(r"static \g<0>", whole) if in_cpp else whole)
+    return cindex.Index.create().parse(name, ARGUMENTS if in_cpp else GENERIC, [(name, whole)]), whole, len(head)
 
 
 def program(kernel: Kernel, constants: Constants, inputs: Sequence[mx.array], outputs: Sequence[Any]) -> str:
-    """One launch's program as MLX writes it around the body: a template, and the one instance of it."""
+    """One launch's program as MLX writes it around the text that it gets."""
     spaces = ["constant" if array.size < FEW_VALUES else "device" for array in inputs]
     named = zip(spaces, inputs, kernel.inputs, strict=True)
     parameters = [f"const {space} {TYPES[array.dtype]}* {name}" for space, array, name in named]
     parameters += [f"const constant int* {name}_shape" for name in kernel.inputs]
     parameters += [f"device {TYPES[kind]}* {name}" for (_, kind), name in zip(outputs, kernel.outputs, strict=True)]
-    parameters += [f"{kind} {name}" for kind, names in POSITIONS.items() for name in names]
-    template, instance = "", ""
-    if constants:
-        kinds = [f"{_kind(value)} {name}" for name, value in constants.items()]
-        which = f"{kernel.name}<{', '.join(map(_argument, constants.values()))}>"
-        template, instance = f"template <{', '.join(kinds)}>", f"template decltype({which}) {which};"
-    lines = [kernel.header("metal"), template, f"void {kernel.name}({', '.join(parameters)}) {{"]
-    return "\n".join([*lines, kernel.body, "}", instance])
-
-
-def _kind(value: int | bool | mx.Dtype) -> str:
-    return "typename" if isinstance(value, mx.Dtype) else "bool" if isinstance(value, bool) else "int"
-
-
-def _argument(value: int | bool | mx.Dtype) -> str:
-    return TYPES[value] if isinstance(value, mx.Dtype) else str(value).lower()
+    places = [f"{kind} {name} = {{}};" for kind, names in POSITIONS.items() for name in names]
+    lines = [kernel.header("metal"), f"KERNEL void {kernel.name}({', '.join(parameters)}) {{", *places]
+    return "\n".join([*lines, *definitions(constants, TYPES), kernel.body, "}"])
 
 
 def _below(cursor: Any) -> Iterator[Any]:
