@@ -208,7 +208,7 @@ def _attend(
         "SIZE": code.size, "ODD": code.odd, "POWER": code.power, "SIMDGROUPS": joining, "SINKS": sinks is not None,
         "HEADS": heads, "T": queries.dtype,
     }  # fmt: skip
-    inputs = [parts, constant(0.0) if sinks is None else _padded(sinks), code.fixed]
+    inputs = [parts, constant(0.0) if sinks is None else sinks.astype(mx.float32), code.fixed]
     out = ((batch, heads, rows, code.size), queries.dtype)
     return JOIN.launch(inputs, [out], (rows, batch * heads), SIMD * joining, constants)[0]
 
@@ -257,7 +257,3 @@ def parts_of(room: int, most: int, tokens: int) -> int:
 @cache
 def _no_bias() -> mx.array:
     return made(mx.zeros((1, 1, 1, 8)))
-
-
-def _padded(sinks: mx.array) -> mx.array:
-    return mx.pad(sinks.astype(mx.float32), [(0, max(0, 8 - sinks.size))])
