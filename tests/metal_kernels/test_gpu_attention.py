@@ -1,4 +1,4 @@
-"""The Metal bodies of attention and of packing keys and values, run on an emulated GPU, against the reference."""
+"""The kernels of attention and packing, on this machine's GPU or an emulated one, against the reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from metal_kernels.gpu import attention as gpu
 from metal_kernels.gpu import unpacked_attention
 from metal_kernels.gpu.products import Gpu
 from quant_engine.kv_cache import cache_code
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import on_machine
 
 CODES = [(8, 128, 0), (4, 64, 64), (3, 128, 64), (2, 96, 32), (2, 80, 0), (4, 192, 64), (2, 256, 128)]
 

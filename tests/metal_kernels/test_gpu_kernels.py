@@ -1,8 +1,6 @@
-"""The Metal bodies of the GPU kernels, compiled with g++ and run on an emulated GPU, against the reference."""
+"""The GPU kernels of products and rotations, on this machine's GPU or an emulated one, against the reference."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -14,28 +12,18 @@ from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Dialect, Kernel
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
-from tests.metal_kernels.host.machine import EmulatorError, Launch, Machine, needs_compiler
+from tests.metal_kernels.host.machine import (
+    EmulatorError,
+    Launch,
+    Machine,
+    launched_by,
+    needs_compiler,
+    on_emulator,
+    on_machine,
+)
 
 WEIGHTS = [(bits, group) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
 ROWS, WIDTH = 40, 384
-Run = Callable[[], list[mx.array]]
-
-
-def on_machine(folder: Path, run: Run, *edits: tuple[str, str]) -> list[mx.array]:
-    """What `run` returns with every kernel launched on the emulated GPU; `edits` change the compiled source."""
-    needs_compiler()
-    machine = Machine(folder, edits)
-
-    def launch(kernel: Kernel, *call: Any) -> list[mx.array]:
-        return machine.launch(kernel, Launch(*call))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kernel, "launch", launch)
-        patch.setattr(mx, "compile", lambda step: step)  # pyright: ignore[reportUnknownLambdaType]
-        machine.noting = True
-        run()
-        machine.noting = False
-        return run()
 
 
 def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
@@ -237,11 +225,10 @@ def faulty_kernel(name: str, folder: Path, edit: tuple[str, str], gpu: Dialect) 
     for machine in (sound, broken):
         machine.folder.mkdir()
 
-    def launch(kernel: Kernel, *call: Any) -> list[mx.array]:
-        return (broken if kernel.name == name else sound).launch(kernel, Launch(*call))
+    def launch(kernel: Kernel, call: Launch) -> list[mx.array]:
+        return (broken if kernel.name == name else sound).launch(kernel, call)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kernel, "launch", launch)
+    with launched_by(launch):
         sound.noting = broken.noting = True
         one_product(gpu)
         sound.noting = broken.noting = False
@@ -273,7 +260,7 @@ NVIDIA_FAULTS = {
 def test_a_seeded_fault_shows(tmp_path: Path, fault: str) -> None:
     gpu: Dialect = "cuda" if fault in NVIDIA_FAULTS else "host"
     kernel, right, wrong = (FAULTS | NVIDIA_FAULTS)[fault]
-    (sound,) = on_machine(tmp_path, lambda: one_product(gpu))
+    (sound,) = on_emulator(tmp_path, lambda: one_product(gpu))
     try:
         (found,) = faulty_kernel(kernel, tmp_path, (right, wrong), gpu)
     except EmulatorError:

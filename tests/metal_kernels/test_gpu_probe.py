@@ -9,7 +9,7 @@ import pytest
 from metal_kernels import dispatch
 from metal_kernels.gpu import probe
 from metal_kernels.launch import Kernel
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import GPU, on_machine
 
 OPERATIONS = [
     *("matmul", "feed_forward", "expert_matmul", "pack_cache", "packed_attention", "quantize", "decode_attention"),
@@ -24,11 +24,11 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     probe.works.cache_clear()
 
 
-@pytest.mark.filterwarnings("ignore:the metal kernel")
-def test_sound_kernels_pass_on_an_emulated_gpu(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:the (metal|cuda) kernel")
+def test_sound_kernels_pass(tmp_path: Path) -> None:
     def run() -> list[mx.array]:
         probe.works.cache_clear()
-        return [mx.array([probe.works(operation, "metal") for operation in OPERATIONS])]
+        return [mx.array([probe.works(operation, GPU) for operation in OPERATIONS])]
 
     assert on_machine(tmp_path, run)[0].tolist() == [True] * len(OPERATIONS)
 

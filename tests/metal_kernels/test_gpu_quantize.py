@@ -1,4 +1,4 @@
-"""The Metal body of quantization, run on an emulated GPU, against the reference."""
+"""The kernel of quantization, on this machine's GPU or an emulated one, against the reference."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 from metal_kernels import reference, unpack
 from metal_kernels.gpu import quantize as gpu
 from quant_engine.codebook import lloyd_max
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import on_machine
 
 SHAPES = [(9, 32, 32), (3, 192, 64), (5, 128, 128), (1, 96, 32), (7, 224, 0), (1, 1056, 0)]
 

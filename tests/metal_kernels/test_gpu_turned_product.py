@@ -1,4 +1,4 @@
-"""Products that turn their activations themselves, on the emulated GPU, against the reference's separate steps."""
+"""Products that turn their activations themselves, on a GPU or the emulated one, against the reference's steps."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.gpu.turned_product import Norm
 from quant_engine.codebook import lloyd_max
 from quant_engine.rotation import choose_block, signs
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import on_machine
 
 ROWS = 40
 BOUND = {mx.float16: 3e-3, mx.float32: 1e-3, mx.bfloat16: 1.6e-2}

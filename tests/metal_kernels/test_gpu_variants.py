@@ -11,8 +11,7 @@ from metal_kernels.gpu.attention import HeadCode, Kind
 from metal_kernels.gpu.turned_product import Norm
 from metal_kernels.launch import Kernel
 from quant_engine.codebook import lloyd_max
-from tests.metal_kernels.host.machine import Launch, Machine
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import Launch, Machine, on_machine
 from tests.metal_kernels.test_gpu_turned_product import weight_of
 
 WIDTH, INNER = 256, 320

@@ -1,4 +1,4 @@
-"""Hopper's kernel for very many rows, on an emulated GPU that reads threadgroup memory as its matrix units do."""
+"""Hopper's kernel for very many rows, on such a GPU or an emulated one that reads memory as its matrix units do."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import pytest
 from metal_kernels.gpu import hadamard, products, warpgroup
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.warpgroup import Shape
-from tests.metal_kernels.host.machine import EmulatorError
-from tests.metal_kernels.test_gpu_kernels import odd_case, on_machine
+from tests.metal_kernels.host.machine import EmulatorError, on_emulator, on_machine
+from tests.metal_kernels.test_gpu_kernels import odd_case
 
+on_hopper = on_machine if warpgroup.there() else on_emulator
 CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
     (40, 384, 65, 3, 64, mx.float16, Shape(2, 128, 2)),
@@ -31,7 +32,7 @@ def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
             for case, some, (x, weight, _) in zip(CASES, ready, made, strict=True)
         ]
 
-    for case, (x, _, right), y in zip(CASES, made, on_machine(tmp_path, run), strict=True):
+    for case, (x, _, right), y in zip(CASES, made, on_hopper(tmp_path, run), strict=True):
         off = mx.abs(y.astype(mx.float32) - right).max() / mx.abs(right).max()
         assert y.shape == right.shape
         assert off < (8e-3 if x.dtype == mx.bfloat16 else 1e-3), case
@@ -40,7 +41,7 @@ def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
 def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warpgroup, "there", lambda: True)
     x, weight, right = odd_case(40, 256, 65, 3, 64, mx.float16, "cuda")
-    y = on_machine(tmp_path, lambda: [products.product(x, weight, "cuda")])[0]
+    y = on_hopper(tmp_path, lambda: [products.product(x, weight, "cuda")])[0]
     assert mx.abs(y.astype(mx.float32) - right).max() < 1e-3 * mx.abs(right).max()
     assert not warpgroup.fits(warpgroup.FEW_ROWS)
 
@@ -51,6 +52,6 @@ def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
         mx.zeros((65, hadamard.PIECE_ROWS * 512 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
     )
     with pytest.raises(EmulatorError, match="nobody asked for"):
-        on_machine(
+        on_emulator(
             tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16)], ("unit + 3 < units", "unit + 4 < units")
         )

@@ -1,4 +1,4 @@
-"""Decoder layers on an emulated GPU, one after another, against the same in plain MLX."""
+"""Decoder layers on a GPU or an emulated one, one after another, against the same in plain MLX."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from metal_kernels.gpu import tiles
 from quant_engine.codebook import lloyd_max
 from quant_engine.gpu_step import GpuStep
 from quant_engine.rotation import signs
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import GPU, on_machine
 
 WIDTH, HEADS, KV_HEADS, SIZE, INNER = 128, 4, 2, 32, 96
 SHAPES = {
@@ -39,13 +39,13 @@ class Layer:
             turn, block = mx.array(signs(width, seed)), width & -width
             drawn = mx.random.normal((rows, width), key=mx.random.key(10 * seed + i)) / width**0.5
             codes = quantize(reference.rotate(drawn, turn, block), lloyd_max(4), 32)
-            arranged[name] = tiles.arrange(*codes, lloyd_max(4), "metal", turn, block)
+            arranged[name] = tiles.arrange(*codes, lloyd_max(4), GPU, turn, block)
             matrices[name] = reference.unrotate(reference.dequantize(*codes, lloyd_max(4)), turn, block)
         norms = [1 + 0.1 * mx.random.normal((WIDTH,), key=mx.random.key(seed + i)) for i in (50, 51)]
         first, second = (Norm(norm.astype(mx.float16), 1e-5) for norm in norms)
         layer = TileLayer(
             first, second, arranged["qkv"], None, Heads(HEADS, KV_HEADS, SIZE, SCALE, None), nn.RoPE(SIZE),
-            arranged["o"], None, arranged["gate_up"], arranged["down"], "metal",
+            arranged["o"], None, arranged["gate_up"], arranged["down"], GPU,
         )  # fmt: skip
         return Layer(layer, matrices, norms)
 

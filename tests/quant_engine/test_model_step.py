@@ -1,4 +1,4 @@
-"""A model's layers in one call on an emulated GPU, token after token, against the same layers one by one."""
+"""A model's layers in one call on a GPU or an emulated one, token after token, against the layers one by one."""
 
 import copy
 from pathlib import Path
@@ -18,7 +18,7 @@ from quant_engine.kv_cache import TurboQuantKVCache, convert_cache_to_turboquant
 from quant_engine.model_step import ModelStep, fuse_model
 from quant_engine.stream_ends import UnrotatedNorm
 from quant_engine.waiting_cache import Waiting, can_be_lent, lend, same_length
-from tests.metal_kernels.test_gpu_kernels import on_machine
+from tests.metal_kernels.host.machine import on_machine
 from tests.quant_engine.checkpoints import CONFIG
 from tests.quant_engine.test_gpu_step import HEADS, KV_HEADS, SCALE, SIZE, WIDTH, Layer
 

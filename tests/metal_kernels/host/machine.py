@@ -1,20 +1,27 @@
-"""Compiles kernels' Metal bodies with g++ and runs them on the emulated GPU of emulator.h; reads them as Metal too."""
+"""Runs kernels on this machine's GPU or, compiled with g++, on emulator.h's; reads them as Metal too."""
 
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Constants, Kernel, definitions, long_enough
 from tests.metal_kernels.host import metal_rules
 
 HERE = Path(__file__).resolve().parent
+GPU: Gpu = "cuda" if mx.cuda.is_available() else "metal"
+"""The kind of this machine's GPU; without one, that of the emulated."""
+Run = Callable[[], list[mx.array]]
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,19 @@ class Machine:
         if self.noting:
             if variant not in known:
                 known.append(variant)
-            if not call.constants.get("NVIDIA", False):
+            if not call.constants.get("NVIDIA", False) and not mx.metal.is_available():
                 faults = metal_rules.faults(kernel, call.constants, call.inputs, call.outputs)
                 assert not faults, "\n".join([kernel.name, *faults])
             return [mx.zeros(shape, dtype) for shape, dtype in call.outputs]
         if kernel.name not in self.programs:
             self.programs[kernel.name] = self._build(kernel, known)
         return self._run(self.programs[kernel.name], known.index(variant), call)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine's own GPU is of the kind that all that was noted is for."""
+        kinds = {constants.get("NVIDIA") for variants in self.variants.values() for constants, _ in variants}
+        return mx.default_device() != mx.Device(mx.cpu) and kinds <= {None, not mx.metal.is_available()}
 
     def _build(self, kernel: Kernel, variants: list[tuple[Constants, tuple[mx.Dtype, ...]]]) -> Path:
         program = self.folder / kernel.name
@@ -120,9 +133,53 @@ class EmulatorError(AssertionError):
     """The emulated GPU stopped; the text says at what."""
 
 
+def on_machine(folder: Path, run: Run) -> list[mx.array]:
+    """What `run` returns with its kernels on this machine's GPU, where it has one of their kind, or on the emulated."""
+    machine = noted(folder, run)
+    if not machine.is_here:
+        return emulated(machine, run)
+    found = run()
+    mx.eval(found)
+    return found
+
+
+def on_emulator(folder: Path, run: Run, *edits: tuple[str, str]) -> list[mx.array]:
+    """What `run` returns with its kernels on the emulated GPU, with `edits` of their source."""
+    return emulated(noted(folder, run, *edits), run)
+
+
+def noted(folder: Path, run: Run, *edits: tuple[str, str]) -> Machine:
+    """A machine that knows what `run` launches."""
+    machine = Machine(folder, edits, noting=True)
+    with launched_by(machine.launch):
+        run()
+    machine.noting = False
+    return machine
+
+
+def emulated(machine: Machine, run: Run) -> list[mx.array]:
+    """What `run` returns with the kernels that `machine` knows."""
+    needs_compiler()
+    with launched_by(machine.launch):
+        return run()
+
+
+@contextmanager
+def launched_by(launch: Callable[[Kernel, Launch], list[mx.array]]) -> Generator[None]:
+    """Within, every kernel is launched by `launch`, and what MLX would compile is called as it is."""
+
+    def with_one_call(kernel: Kernel, *call: Any) -> list[mx.array]:
+        return launch(kernel, Launch(*call))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "launch", with_one_call)
+        patch.setattr(mx, "compile", lambda step: step)  # pyright: ignore[reportUnknownLambdaType]
+        yield
+
+
 def needs_compiler() -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on this machine")
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the emulated GPU needs g++ on Linux")
 
 
 def _head(shape: Sequence[int], size: int) -> bytes:
@@ -140,4 +197,4 @@ def _variant(kernel: Kernel, index: int, constants: Constants, dtypes: Sequence[
     return "\n".join(lines)
 
 
-__all__ = ["EmulatorError", "Launch", "Machine", "needs_compiler"]
+__all__ = ["GPU", "EmulatorError", "Launch", "Machine", "launched_by", "needs_compiler", "on_emulator", "on_machine"]
