@@ -39,7 +39,8 @@ METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t
 class Kernel:
     """A kernel's name, the files of `source/` that it needs, and its arrays; its body is the .kernel file of its name.
 
-    large_memory: bytes for THREADGROUP_LARGE, which CUDA alone has.
+    large_memory: bytes for THREADGROUP_LARGE; least_threads: for how many threads, of one threadgroup or several, a
+    multiprocessor's registers have to do. Both are CUDA's alone.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     large_memory: int = 0
+    least_threads: int = 0
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files."""
@@ -173,12 +175,13 @@ def _on_cuda(
 ) -> Callable[..., list[mx.array]]:
     """A kernel whose text is in two files, all but the names of shapes: MLX hashes its text at every launch.
 
-    A threadgroup's `threads` bound the registers of each, or some kernels could not be launched.
+    A threadgroup's `threads` bound the registers of each, or some kernels could not be launched; `least_threads` may
+    bound them further.
     """
     compiles_on_cuda()
     body = kernel.body
     names = "".join(f"// {name}\n" for name in sorted(set(re.findall(r"\w+_shape\b", body))))
-    header = _written(f"#define MOST_THREADS {threads}\n{kernel.header('cuda')}")
+    header = _written(f"#define MOST_THREADS {max(threads, kernel.least_threads)}\n{kernel.header('cuda')}")
     source = names + _written("\n".join([*definitions(dict(constants), _CUDA_TYPES), body]))
     return _made_of(kernel, mx.fast.cuda_kernel, header, source)
 

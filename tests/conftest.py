@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tq_mcp import demo_model as packaged_demo_model
 
+# Also beside a GPU: what tests it says so itself.
+mx.set_default_device(mx.cpu)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 

@@ -15,4 +15,6 @@ def memory_of(gpu: Dialect) -> int:
     """Bytes."""
     if gpu != "cuda":
         return 32 << 10
-    return (34 if mx.cuda.is_available() and mx.device_info().get("architecture") in SMALL else 48) << 10
+    return (
+        34 if mx.cuda.is_available() and mx.device_info(mx.Device(mx.gpu)).get("architecture") in SMALL else 48
+    ) << 10

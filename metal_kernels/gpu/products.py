@@ -110,7 +110,7 @@ def _like(x: mx.array, y: mx.array) -> mx.array:
 
 def prepare(x: mx.array, weight: TileWeight, gated: bool = False) -> Activations:
     """Activations made ready, see `hadamard.prepare`, for the kernel that `times` takes for as many."""
-    return hadamard.prepare(x, weight.fixed, weight.block, gated, in_pieces=warpgroup.fits(len(x)))
+    return hadamard.prepare(x, weight.fixed, weight.block, gated, in_pieces=weight.nvidia and warpgroup.fits(len(x)))
 
 
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:

@@ -1,11 +1,13 @@
-"""Products of very many rows of activations with a weight in tiles, on the matrix units of NVIDIA's Hopper."""
+"""Products of many rows of activations with a weight in tiles, on the matrix units of NVIDIA's Hopper."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
+from metal_kernels.gpu.matvec import MULTIPROCESSORS
 from metal_kernels.gpu.tiles import PAIR_TABLE, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
@@ -16,8 +18,8 @@ MATMUL = Kernel(
     outputs=("out",),
     large_memory=(70 << 10) + PAIR_TABLE,
 )
-FEW_ROWS = 64
-"""Up to these the kernel of single simdgroups is as fast."""
+FEW_ROWS = 16
+"""Up to these there is a kernel for few."""
 WARPGROUP_TILES = 4
 
 
@@ -32,16 +34,25 @@ class Shape:
     columns: int
     planes: int
 
+    def groups(self, weight: TileWeight, columns: int) -> tuple[int, int]:
+        """Threadgroups, by rows of the weight and by `columns` rows of halves."""
+        return -(-weight.tiles // (WARPGROUP_TILES * self.warpgroups)), -(-columns // self.columns)
 
-SHAPE = Shape(2, 128, 2)
+
+SHAPES = Shape(2, 128, 2), Shape(1, 128, 2), Shape(1, 64, 4)
+"""From the least to copy and to decode to the most threadgroups."""
+
+
+def there() -> bool:
+    """Whether MLX computes on a GPU of the Hopper kind, whose instructions are no other's."""
+    return mx.default_device() != mx.Device(mx.cpu) and _is_hopper()
 
 
 @cache
-def there() -> bool:
-    """Whether MLX computes on a GPU of the Hopper kind, whose instructions are no other's."""
-    if not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
+def _is_hopper() -> bool:
+    if not mx.cuda.is_available():
         return False
-    return str(mx.device_info().get("architecture", "")).startswith("sm_90")
+    return str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")).startswith("sm_90")
 
 
 def fits(n: int) -> bool:
@@ -49,9 +60,19 @@ def fits(n: int) -> bool:
     return n > FEW_ROWS and there()
 
 
-def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape = SHAPE) -> mx.array:
+def shape_of(weight: TileWeight, columns: int) -> Shape:
+    """The largest whose threadgroups are enough for every multiprocessor, and none twice as wide as there are rows of
+    halves to multiply by."""
+    for shape in SHAPES[:-1]:
+        if columns > shape.columns // 2 and math.prod(shape.groups(weight, columns)) >= MULTIPROCESSORS:
+            return shape
+    return SHAPES[-1]
+
+
+def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape | None = None) -> mx.array:
     """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
-    groups = (-(-weight.tiles // (WARPGROUP_TILES * shape.warpgroups)), -(-x.n * x.parts // shape.columns))
+    shape = shape or shape_of(weight, x.n * x.parts)
+    groups = shape.groups(weight, x.n * x.parts)
     inputs = [x.halves, weight.words]
     constants = {
         **weight.constants,

@@ -1,4 +1,4 @@
-// Products of packed weights with very many columns of activations, on NVIDIA's Hopper.
+// Products of packed weights with many columns of activations, on NVIDIA's Hopper.
 //
 // A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a threadgroup has WARPGROUPS of
 // them. COUNT planes at a time, weights are decoded and scaled in registers while the matrix units, in the background,

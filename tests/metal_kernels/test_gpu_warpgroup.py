@@ -1,4 +1,4 @@
-"""Hopper's kernel for very many rows, on such a GPU or an emulated one that reads memory as its matrix units do."""
+"""Hopper's kernel for many rows, on such a GPU or an emulated one that reads memory as its matrix units do."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from metal_kernels.gpu.warpgroup import Shape
 from tests.metal_kernels.host.machine import EmulatorError, on_emulator, on_machine
 from tests.metal_kernels.test_gpu_kernels import odd_case
 
-on_hopper = on_machine if warpgroup.there() else on_emulator
+on_hopper = on_machine if warpgroup._is_hopper() else on_emulator
 CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
     (40, 384, 65, 3, 64, mx.float16, Shape(2, 128, 2)),

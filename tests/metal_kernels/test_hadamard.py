@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kernels import ShapeError, hadamard_block, rotate, unrotate, use_backend
+from metal_kernels import ShapeError, hadamard_block, reference, rotate, unrotate, use_backend
 
 WIDTHS = [32, 64, 80, 96, 256, 448, 512, 640, 704, 1536, 2880]
 
@@ -50,3 +50,12 @@ def test_a_block_that_does_not_fit_is_named() -> None:
         rotate(mx.ones((2, 64)), None, 48)
     with pytest.raises(ShapeError, match="signs of shape"):
         rotate(mx.ones((2, 64)), mx.ones(32), 64)
+
+
+@pytest.mark.parametrize("order", [12, 20, 28])
+def test_the_odd_factors_alone_are_mlxs(order: int) -> None:
+    x = mx.random.normal((3, 2 * order), key=mx.random.key(order))
+    turned = reference.rotate(x, None, order)
+    expected = mx.hadamard_transform(x.reshape(3, 2, order)).reshape(x.shape)
+    assert mx.allclose(turned, expected, atol=1e-5)
+    assert mx.allclose(reference.unrotate(turned, None, order), x, atol=1e-5)

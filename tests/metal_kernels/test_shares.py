@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from metal_kernels.gpu import warpgroup
 from metal_kernels.gpu.matvec import shares, shares_of
 from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TileWeight
@@ -46,11 +47,17 @@ def test_threadgroups_are_no_more_than_run_at_once_where_memory_is_enough() -> N
     assert shares(16384, 8, 24, 132, 4).groups == 2 * 132
 
 
+def weight_of(rows: int, width: int, bits: int) -> TileWeight:
+    """A weight for an NVIDIA GPU that nothing is multiplied by."""
+    words = mx.zeros((-(-rows // 16), width // 256, 1), mx.uint32)
+    return TileWeight(words, words, bits, 64, rows, width, 1, (0, 0, 0, 0), True)
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch, request: Any) -> Generator[None]:
     """An NVIDIA GPU of an architecture."""
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": request.param})
+    monkeypatch.setattr(mx, "device_info", lambda _: {"architecture": request.param})
     memory_of.cache_clear()
     yield
     memory_of.cache_clear()
@@ -60,9 +67,26 @@ def on(monkeypatch: pytest.MonkeyPatch, request: Any) -> Generator[None]:
 @pytest.mark.usefixtures("on")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_sums_of_many_tiles_fit_beside_the_table(bits: int, most: int) -> None:
-    words = mx.zeros((8016, 16, 1), mx.uint32)
-    weight = TileWeight(words, words, bits, 64, 16 * 8016, 4096, 1, (0, 0, 0, 0), True)
+    weight = weight_of(16 * 8016, 4096, bits)
     for columns in (1, 2, 4, 8):
         shared = shares_of(weight, columns)
         assert BYTE_TABLE + 4 * shared.simdgroups * shared.pieces * 16 * columns <= most
         assert 4 * shared.simdgroups * shared.pieces * 16 * columns <= 48 << 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        (14336, 512, (2, 128, 2)),
+        (4096, 512, (1, 128, 2)),
+        (4096, 256, (1, 64, 4)),
+        (14336, 128, (1, 128, 2)),
+        (14336, 64, (1, 64, 4)),
+        (152064, 17, (1, 64, 4)),
+        (16, 4096, (1, 64, 4)),
+    ],
+)
+def test_warpgroups_take_as_much_at_once_as_leaves_no_multiprocessor_idle(
+    rows: int, columns: int, expected: tuple[int, int, int]
+) -> None:
+    assert warpgroup.shape_of(weight_of(rows, 512, 3), columns) == warpgroup.Shape(*expected)

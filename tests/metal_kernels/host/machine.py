@@ -65,7 +65,7 @@ class Machine:
     def is_here(self) -> bool:
         """Whether this machine's own GPU is of the kind that all that was noted is for."""
         kinds = {constants.get("NVIDIA") for variants in self.variants.values() for constants, _ in variants}
-        return mx.default_device() != mx.Device(mx.cpu) and kinds <= {None, not mx.metal.is_available()}
+        return mx.is_available(mx.Device(mx.gpu)) and kinds <= {None, not mx.metal.is_available()}
 
     def _build(self, kernel: Kernel, variants: list[tuple[Constants, tuple[mx.Dtype, ...]]]) -> Path:
         program = self.folder / kernel.name
@@ -135,17 +135,21 @@ class EmulatorError(AssertionError):
 
 def on_machine(folder: Path, run: Run) -> list[mx.array]:
     """What `run` returns with its kernels on this machine's GPU, where it has one of their kind, or on the emulated."""
-    machine = noted(folder, run)
-    if not machine.is_here:
-        return emulated(machine, run)
-    found = run()
-    mx.eval(found)
-    return found
+    if mx.is_available(mx.Device(mx.gpu)):
+        with mx.stream(mx.gpu):
+            if noted(folder, run).is_here:
+                found = run()
+                mx.eval(found)
+                return found
+    return on_emulator(folder, run)
 
 
 def on_emulator(folder: Path, run: Run, *edits: tuple[str, str]) -> list[mx.array]:
     """What `run` returns with its kernels on the emulated GPU, with `edits` of their source."""
-    return emulated(noted(folder, run, *edits), run)
+    needs_compiler()
+    machine = noted(folder, run, *edits)
+    with launched_by(machine.launch):
+        return run()
 
 
 def noted(folder: Path, run: Run, *edits: tuple[str, str]) -> Machine:
@@ -155,13 +159,6 @@ def noted(folder: Path, run: Run, *edits: tuple[str, str]) -> Machine:
         run()
     machine.noting = False
     return machine
-
-
-def emulated(machine: Machine, run: Run) -> list[mx.array]:
-    """What `run` returns with the kernels that `machine` knows."""
-    needs_compiler()
-    with launched_by(machine.launch):
-        return run()
 
 
 @contextmanager
