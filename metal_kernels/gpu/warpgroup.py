@@ -61,10 +61,10 @@ def fits(n: int) -> bool:
 
 
 def shape_of(weight: TileWeight, columns: int) -> Shape:
-    """The largest whose threadgroups are enough for every multiprocessor, and none twice as wide as there are rows of
-    halves to multiply by."""
+    """The largest whose threadgroups leave no more than a quarter of all multiprocessors idle, and none twice as wide
+    as there are rows of halves to multiply by."""
     for shape in SHAPES[:-1]:
-        if columns > shape.columns // 2 and math.prod(shape.groups(weight, columns)) >= MULTIPROCESSORS:
+        if columns > shape.columns // 2 and math.prod(shape.groups(weight, columns)) >= MULTIPROCESSORS * 3 // 4:
             return shape
     return SHAPES[-1]
 
