@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.matvec import MULTIPROCESSORS
-from metal_kernels.gpu.tiles import PAIR_TABLE, TileWeight
+from metal_kernels.gpu.tiles import TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
@@ -16,7 +16,7 @@ MATMUL = Kernel(
     sources=("warpgroup.metal",),
     inputs=("x", "packed"),
     outputs=("out",),
-    large_memory=(70 << 10) + PAIR_TABLE,
+    large_memory=70 << 10,
 )
 FEW_ROWS = 16
 """Up to these there is a kernel for few."""

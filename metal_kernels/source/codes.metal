@@ -223,6 +223,42 @@ struct Decoder<BITS, false, true> {
     return uint4{found[0], found[1], found[2], found[3]};
   }
 };
+
+// By byte permutations: for matrix units that read threadgroup memory as fast as it is, which a table would slow down.
+template <int BITS>
+struct Permuter {
+  // The bytes of eight halves, see `half_of`.
+  uint4 table;
+
+  uint4 decode(const thread Words<BITS>& words, int unit, int q) const thread {
+    uint codes = nibbles(pairs_of_plane(words, unit, q), q), late = codes >> 16;
+    uint2 first = two_pairs(codes), second = two_pairs(late);
+    return uint4{first.x, first.y, second.x, second.y};
+  }
+
+ private:
+  // A plane's eight codes, each in a nibble, from a byte or, of 2 bits, half a byte of a pair each.
+  static uint nibbles(uint codes, int q) {
+    if (BITS == 2) {
+      uint bytes = byte_permute(codes, 0, q % 2 ? 0x4342u : 0x4140u);
+      uint halves = (bytes | bytes << 4) & 0x0f0f0f0fu;
+      return (halves | halves << 2) & 0x33333333u;
+    }
+    return BITS == 3 ? (codes & 0x07070707u) | ((codes << 1) & 0x70707070u) : codes;
+  }
+
+  // The halves of the codes in the four lowest nibbles.
+  uint2 two_pairs(uint codes) const thread {
+    uint indices = BITS == 4 ? codes & 0x7777u : codes;
+    uint low = byte_permute(table.x, table.y, indices), high = byte_permute(table.z, table.w, indices);
+    if (BITS == 4) {
+      // A nibble's uppermost bit is the sign of its half, whose upper byte is in `high`.
+      uint twice = byte_permute(codes, 0, 0x1100u);
+      high ^= select_bits(0x00ff00ffu, twice << 4, twice) & 0x80808080u;
+    }
+    return uint2{byte_permute(low, high, 0x5140u), byte_permute(low, high, 0x7362u)};
+  }
+};
 #endif
 
 } // namespace turboquant

@@ -39,9 +39,8 @@ struct Staged {
 };
 
 // Plane q of a unit, each row times its scale.
-template <int BITS, bool NVIDIA>
-inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread Decoder<BITS, false, NVIDIA>& decoder,
-                          uint scales) {
+template <int BITS, bool NVIDIA, typename DECODER>
+inline uint4 scaled_plane(const thread Words<BITS>& words, int unit, int q, const thread DECODER& decoder, uint scales) {
   uint4 pairs = decoder.decode(words, unit, q);
   uint upper = MatrixUnit<NVIDIA>::twice(scales, false), lower = MatrixUnit<NVIDIA>::twice(scales, true);
   return uint4{multiply_pairs(pairs.x, upper), multiply_pairs(pairs.y, lower), multiply_pairs(pairs.z, upper),

@@ -17,7 +17,7 @@ struct Planes {
   uint4 at[COUNT];
 
   template <int BITS, int GROUP>
-  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Decoder<BITS, false, true>& decoder) thread {
+  void decode(const thread Block<BITS, GROUP>& block, int first, const thread Permuter<BITS>& decoder) thread {
     constexpr int EACH = GROUP ? GROUP : 256;
     UNROLL
     for (int i = 0; i < COUNT; i++) {
@@ -55,6 +55,13 @@ struct Stages {
     UNROLL
     for (int i = 0; i < COLUMNS / 64; i++) {
       copy(stage(unit) + i * (PIECE / 8), pieces + i * stride + unit * PIECE, 2 * PIECE, arrived + unit % 4);
+    }
+  }
+
+  // What takes the place of the unit before.
+  void ask_later(uint unit, uint units, uint index) const thread {
+    if (index == 0 && unit + 3 < units) {
+      ask(unit + 3);
     }
   }
 
@@ -132,7 +139,7 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
 // values and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
-                             const thread Weight<BITS, GROUP>& weight, const thread Decoder<BITS, false, true>& decoder,
+                             const thread Weight<BITS, GROUP>& weight, const thread Permuter<BITS>& decoder,
                              Device<T> out, Shared<uint4> staged, Shared<T> results, Shared<Arrival> arrived,
                              uint outputs, uint rows, uint group_x, uint group_y, uint index) {
   constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
@@ -143,7 +150,6 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
   if (index == 0) {
     stages.begin();
   }
-  decoder.template fill<128 * WARPGROUPS>(index);
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
   Planes<COUNT> planes[2];
@@ -157,12 +163,16 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
         stages.wait(unit);
       }
       sums.add(planes[first / COUNT % 2], staged + first / 4 * (8 * COLUMNS), first % 4);
+      if (COUNT < 4 && first % 4 > 0) {
+        // While there are products to wait for.
+        stages.ask_later(unit, units, index);
+      }
       wait_for_products<1>();
       if (first % 4 == 0) {
         // Whatever came before these products is done: the stage of the unit before is free.
         barrier();
-        if (index == 0 && unit + 3 < units) {
-          stages.ask(unit + 3);
+        if (COUNT == 4) {
+          stages.ask_later(unit, units, index);
         }
       }
       if (first == 8) {
