@@ -13,27 +13,20 @@ SEARCH_FACTORS = tuple(0.70 + 0.05 * i for i in range(13))
 """Starting scales of the search, as multiples of the group's root mean square."""
 
 
-ODD_FACTORS = 12, 20, 28
-"""Orders of the Hadamard matrices that a power of two may be multiplied by."""
-
-
 @cache
 def odd_factor(order: int) -> mx.array:
-    """The orthonormal Hadamard matrix of one of these orders, float32.
+    """The Hadamard matrix of order 12, 20 or 28, float32.
 
     Made on the CPU: alone, without a power of two, MLX's transform on CUDA does not compile.
     """
-    with mx.stream(mx.cpu):
-        matrix = mx.hadamard_transform(mx.eye(order), scale=1.0 / math.sqrt(order))
-        mx.eval(matrix)
+    matrix = mx.hadamard_transform(mx.eye(order, stream=mx.cpu), scale=1.0, stream=mx.cpu)
+    mx.eval(matrix)
     return matrix
 
 
 def hadamard(x: mx.array, block: int) -> mx.array:
     """Orthonormal Hadamard transform of each run of `block` values of the last axis: x @ H / sqrt(block)."""
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
-    if block in ODD_FACTORS:
-        return (blocks @ odd_factor(block).astype(x.dtype)).reshape(x.shape)
     return mx.hadamard_transform(blocks, scale=1.0 / math.sqrt(block)).reshape(x.shape)
 
 
@@ -46,7 +39,7 @@ def inverse_hadamard(x: mx.array, block: int) -> mx.array:
     if power > 1:
         parts = mx.hadamard_transform(parts, scale=1.0 / math.sqrt(power))
     if m > 1:
-        parts = odd_factor(m).astype(x.dtype) @ parts
+        parts = odd_factor(m).astype(x.dtype) @ parts / math.sqrt(m)
     return parts.reshape(x.shape)
 
 

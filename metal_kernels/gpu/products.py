@@ -110,7 +110,8 @@ def _like(x: mx.array, y: mx.array) -> mx.array:
 
 def prepare(x: mx.array, weight: TileWeight, gated: bool = False) -> Activations:
     """Activations made ready, see `hadamard.prepare`, for the kernel that `times` takes for as many."""
-    return hadamard.prepare(x, weight.fixed, weight.block, gated, in_pieces=weight.nvidia and warpgroup.fits(len(x)))
+    in_pieces = weight.nvidia and len(x) > FEW_ROWS and warpgroup.there()
+    return hadamard.prepare(x, weight.fixed, weight.block, gated, in_pieces)
 
 
 def times(ready: Activations, weight: TileWeight, gpu: Gpu, dtype: mx.Dtype, added: mx.array | None = None) -> mx.array:

@@ -18,8 +18,6 @@ MATMUL = Kernel(
     outputs=("out",),
     large_memory=70 << 10,
 )
-FEW_ROWS = 16
-"""Up to these there is a kernel for few."""
 WARPGROUP_TILES = 4
 
 
@@ -53,11 +51,6 @@ def _is_hopper() -> bool:
     if not mx.cuda.is_available():
         return False
     return str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")).startswith("sm_90")
-
-
-def fits(n: int) -> bool:
-    """Whether products of n rows of activations are best made here, from activations in pieces."""
-    return n > FEW_ROWS and there()
 
 
 def shape_of(weight: TileWeight, columns: int) -> Shape:

@@ -39,7 +39,8 @@ inline float odd_sum(const thread float (&values)[ODD], int b) {
 // besides their opposites: a third of the additions.
 template <int ODD, bool BACK>
 struct OddSums {
-  float fours[ODD / 4][8];
+  // Of no odd factor one, which nobody uses.
+  float fours[(ODD + 3) / 4][8];
 
   void begin(const thread float (&values)[ODD]) thread {
     UNROLL

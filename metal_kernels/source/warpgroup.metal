@@ -3,7 +3,7 @@
 // A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a threadgroup has WARPGROUPS of
 // them. COUNT planes at a time, weights are decoded and scaled in registers while the matrix units, in the background,
 // multiply the planes before. Activations lie in device memory in pieces (hadamard.metal), which are copied whole: unit
-// u of each block to stage u, asked for three units before it is needed.
+// u of each block to stage u, asked for as soon as the unit before it in that stage is done.
 #pragma once
 
 #include "matmul.metal"

@@ -15,10 +15,10 @@ on_hopper = on_machine if warpgroup._is_hopper() else on_emulator
 CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
     (40, 384, 65, 3, 64, mx.float16, Shape(2, 128, 2)),
-    (100, 768, 130, 3, 32, mx.float16, Shape(2, 128, 4)),
+    (100, 768, 130, 3, 32, mx.float16, Shape(1, 128, 2)),
     (100, 512, 70, 2, 128, mx.bfloat16, Shape(1, 64, 4)),
     (136, 256, 70, 4, 0, mx.float32, Shape(2, 128, 2)),
-    (33, 288, 40, 4, 32, mx.float32, Shape(1, 64, 2)),
+    (33, 288, 17, 4, 32, mx.float32, Shape(1, 64, 4)),
 ]
 
 
@@ -39,19 +39,30 @@ def test_products_of_warpgroups_equal_the_reference(tmp_path: Path) -> None:
 
 
 def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, taken = warpgroup.matmul, set[int]()
     monkeypatch.setattr(warpgroup, "there", lambda: True)
-    x, weight, right = odd_case(40, 256, 65, 3, 64, mx.float16, "cuda")
-    y = on_hopper(tmp_path, lambda: [products.product(x, weight, "cuda")])[0]
-    assert mx.abs(y.astype(mx.float32) - right).max() < 1e-3 * mx.abs(right).max()
-    assert not warpgroup.fits(warpgroup.FEW_ROWS)
+    monkeypatch.setattr(warpgroup, "matmul", lambda x, *more: taken.add(x.n) or multiply(x, *more))
+    x, weight, right = odd_case(40, 256, 17, 3, 64, mx.float16, "cuda")
+    several, few = on_hopper(tmp_path, lambda: [products.product(rows, weight, "cuda") for rows in (x, x[:16])])
+    assert mx.abs(several.astype(mx.float32) - right).max() < 1e-3 * mx.abs(right).max()
+    assert mx.abs(few.astype(mx.float32) - right[:16]).max() < 1e-3 * mx.abs(right).max()
+    assert taken == {17}
 
 
-def test_a_copy_that_never_comes_is_found(tmp_path: Path) -> None:
+RACE = "a race: threadgroup memory"
+FAULTS = {
+    "a copy that nobody asked for": (2, ("unit + 3 < units", "unit + 4 < units"), "nobody asked for"),
+    "asked for before all have read": (2, ("first % 4 > 0", "first % 4 == 0"), RACE),
+    "no barrier before it is asked for": (4, ("barrier();\nif (COUNT == 4)", "if (COUNT == 4)"), RACE),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_copying_are_found(tmp_path: Path, fault: str) -> None:
+    planes, edit, message = FAULTS[fault]
     _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16, "cuda")
     ready = Activations(
         mx.zeros((65, hadamard.PIECE_ROWS * 512 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
     )
-    with pytest.raises(EmulatorError, match="nobody asked for"):
-        on_emulator(
-            tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16)], ("unit + 3 < units", "unit + 4 < units")
-        )
+    with pytest.raises(EmulatorError, match=message):
+        on_emulator(tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16, Shape(1, 64, planes))], edit)

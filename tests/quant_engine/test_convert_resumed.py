@@ -27,6 +27,8 @@ CONTENT = ("config.json", "model.safetensors")
 
 PAUSING = """
 import sys, time
+import mlx.core as mx
+mx.set_default_device(mx.cpu)  # as in the tests
 from quant_engine.config import QuantConfig
 from quant_engine.convert import convert
 def progress(done, total, message):

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 from tests.tq_mcp.conftest import NAME
-from tq_mcp.services import open_services
-from tq_mcp.settings import Settings
 
 PROMPT = "The history of the city begins in"
 STARTS_WITHIN_S = 60
@@ -25,8 +23,9 @@ STARTS_WITHIN_S = 60
 def expected(converted_home: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What tq-mcp itself writes."""
     home = shutil.copytree(converted_home, tmp_path_factory.mktemp("own") / "home")
-    with open_services(Settings(home)) as services:
-        return services.generate(NAME, PROMPT, max_tokens=12).text.strip()
+    own = [sys.executable, "-m", "tq_mcp", "generate", "--home", str(home), "--model", NAME, "--prompt", PROMPT]
+    ended = subprocess.run([*own, "--max-tokens", "12", "--json"], capture_output=True, text=True, check=True)
+    return json.loads(ended.stdout)["text"].strip()
 
 
 def command(home: Path, *arguments: str) -> list[str]:

@@ -170,6 +170,8 @@ SHARD = 400_000
 
 DYING = """
 import os, signal, sys
+import mlx.core as mx
+mx.set_default_device(mx.cpu)  # as in the tests
 from tq_mcp import services
 from tq_mcp.cli import main
 convert = services.convert

@@ -63,9 +63,9 @@ class Machine:
 
     @property
     def is_here(self) -> bool:
-        """Whether this machine's own GPU is of the kind that all that was noted is for."""
+        """Whether this machine's own GPU, where it has one, is of the kind that all that was noted is for."""
         kinds = {constants.get("NVIDIA") for variants in self.variants.values() for constants, _ in variants}
-        return mx.is_available(mx.Device(mx.gpu)) and kinds <= {None, not mx.metal.is_available()}
+        return kinds <= {None, not mx.metal.is_available()}
 
     def _build(self, kernel: Kernel, variants: list[tuple[Constants, tuple[mx.Dtype, ...]]]) -> Path:
         program = self.folder / kernel.name
@@ -170,8 +170,11 @@ def launched_by(launch: Callable[[Kernel, Launch], list[mx.array]]) -> Generator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Kernel, "launch", with_one_call)
-        patch.setattr(mx, "compile", lambda step: step)  # pyright: ignore[reportUnknownLambdaType]
-        yield
+        mx.disable_compile()
+        try:
+            yield
+        finally:
+            mx.enable_compile()
 
 
 def needs_compiler() -> None:

@@ -19,7 +19,8 @@ from metal_kernels.launch import FEW_VALUES, METAL_TYPES, Constants, Kernel, def
 
 TYPES = METAL_TYPES | {mx.uint32: "uint"}
 WARNINGS = [
-    "-nostdinc", "-Wall", "-Wextra", "-Wdouble-promotion", "-Wno-unused-parameter", "-Wno-unused-variable",
+    "-nostdinc", "-Wall", "-Wextra", "-Wdouble-promotion", "-Wzero-length-array", "-Wno-unused-parameter",
+    "-Wno-unused-variable",
     "-Wno-unknown-pragmas", "-Wno-pass-failed", "-Wno-undefined-internal", "-Wno-undefined-inline",
 ]  # fmt: skip
 ARGUMENTS = [
