@@ -15,6 +15,5 @@ def memory_of(gpu: Dialect) -> int:
     """Bytes."""
     if gpu != "cuda":
         return 32 << 10
-    return (
-        34 if mx.cuda.is_available() and mx.device_info(mx.Device(mx.gpu)).get("architecture") in SMALL else 48
-    ) << 10
+    small = mx.cuda.is_available() and mx.device_info(mx.Device(mx.gpu)).get("architecture") in SMALL
+    return (34 if small else 48) << 10

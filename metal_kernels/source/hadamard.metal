@@ -112,40 +112,6 @@ inline uint scale_exponent(float bound) {
   return bound == 0 ? 127 : (field < 1 ? 1 : (field > 253 ? 253 : field));
 }
 
-// Value i of each of ODD runs, and what the odd factor makes of them.
-template <int ODD>
-struct OddColumn {
-  OddSums<ODD, false> sums;
-
-  template <typename RUNS>
-  void begin(const thread RUNS& runs, int i) thread {
-    float values[ODD];
-    UNROLL
-    for (int a = 0; a < ODD; a++) {
-      values[a] = runs[a].at[i];
-    }
-    sums.begin(values);
-  }
-
-  float at(int b) const thread {
-    return sums.at(b);
-  }
-};
-
-template <>
-struct OddColumn<1> {
-  float only;
-
-  template <typename RUNS>
-  void begin(const thread RUNS& runs, int i) thread {
-    only = runs[0].at[i];
-  }
-
-  float at(int b) const thread {
-    return only;
-  }
-};
-
 // One block of a row, signs one bit a column (set: minus), turned by THREADS threads.
 template <int ODD, int POWER, int THREADS, bool TRANSFORM, int KIND>
 struct Turn {
@@ -227,17 +193,25 @@ struct Turn {
     return TRANSFORM ? 1 / sqrt(float(SIZE)) : 1.0f;
   }
 
-  // Value (b, i), not normalised.
-  float value(int b, int i) const thread {
-    if (ODD == 1) {
-      return runs[0].at[i];
-    }
-    float values[ODD];
+  void column(int i, thread float (&values)[ODD]) const thread {
     UNROLL
     for (int a = 0; a < ODD; a++) {
       values[a] = runs[a].at[i];
     }
+  }
+
+  // Value (b, i), not normalised.
+  float value(int b, int i) const thread {
+    float values[ODD];
+    column(i, values);
     return odd_sum<ODD>(values, b);
+  }
+
+  // All values (b, i).
+  OddSums<ODD, false> sums(int i) const thread {
+    float values[ODD];
+    column(i, values);
+    return OddSums<ODD, false>(values);
   }
 
   // Writes all values, the first at column `start` of `target`.
@@ -249,9 +223,7 @@ struct Turn {
     uint first = start + (MOVED ? Part::first_turned(index) : Part::first_column(index));
     UNROLL
     for (int i = 0; i < EACH; i += PAIRS ? 2 : 1) {
-      OddColumn<ODD> one, two;
-      one.begin(runs, i);
-      two.begin(runs, PAIRS ? i + 1 : i);
+      OddSums<ODD, false> one = sums(i), two = sums(PAIRS ? i + 1 : i);
       UNROLL
       for (int b = 0; b < ODD; b++) {
         uint column = first + b * POWER + (MOVED ? Part::turned_further(i) : Part::further(i));

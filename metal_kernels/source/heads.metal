@@ -37,8 +37,7 @@ inline void transform_heads(Shared<float> values, uint count, uint index) {
       for (int a = 0; a < ODD; a++) {
         all[a] = values[first + a * POWER];
       }
-      OddSums<ODD, BACK> sums;
-      sums.begin(all);
+      OddSums<ODD, BACK> sums(all);
       UNROLL
       for (int b = 0; b < ODD; b++) {
         values[first + b * POWER] = sums.at(b);

@@ -39,10 +39,9 @@ inline float odd_sum(const thread float (&values)[ODD], int b) {
 // besides their opposites: a third of the additions.
 template <int ODD, bool BACK>
 struct OddSums {
-  // Of no odd factor one, which nobody uses.
-  float fours[(ODD + 3) / 4][8];
+  float fours[ODD / 4][8];
 
-  void begin(const thread float (&values)[ODD]) thread {
+  OddSums(const thread float (&values)[ODD]) {
     UNROLL
     for (int i = 0; i < ODD / 4; i++) {
       float pairs[4] = {values[4 * i] + values[4 * i + 1], values[4 * i] - values[4 * i + 1],
@@ -68,6 +67,17 @@ struct OddSums {
       sum = i == 0 ? four : sum + four;
     }
     return sum;
+  }
+};
+
+template <bool BACK>
+struct OddSums<1, BACK> {
+  float only;
+
+  OddSums(const thread float (&values)[1]) : only(values[0]) {}
+
+  float at(int) const thread {
+    return only;
   }
 };
 
