@@ -36,10 +36,10 @@ def inverse_hadamard(x: mx.array, block: int) -> mx.array:
     m = odd if odd == 1 else odd * 4
     power = block // m
     parts = x.reshape(*x.shape[:-1], -1, m, power)
-    if power > 1:
-        parts = mx.hadamard_transform(parts, scale=1.0 / math.sqrt(power))
+    scale = 1.0 / math.sqrt(block)
+    parts = mx.hadamard_transform(parts, scale=scale) if power > 1 else parts * scale
     if m > 1:
-        parts = odd_factor(m).astype(x.dtype) @ parts / math.sqrt(m)
+        parts = odd_factor(m).astype(x.dtype) @ parts
     return parts.reshape(x.shape)
 
 

@@ -46,14 +46,15 @@ class Machine:
     noting: bool = False
 
     def launch(self, kernel: Kernel, call: Launch) -> list[mx.array]:
-        if not call.constants.get("NVIDIA", False):
+        for_metal = not call.constants.get("NVIDIA", False)
+        if for_metal:
             call = replace(call, inputs=[long_enough(array) for array in call.inputs])
         variant = (dict(call.constants), tuple([a.dtype for a in call.inputs] + [d for _, d in call.outputs]))
         known = self.variants.setdefault(kernel.name, [])
         if self.noting:
             if variant not in known:
                 known.append(variant)
-            if not call.constants.get("NVIDIA", False) and not mx.metal.is_available():
+            if for_metal and not mx.metal.is_available():
                 faults = metal_rules.faults(kernel, call.constants, call.inputs, call.outputs)
                 assert not faults, "\n".join([kernel.name, *faults])
             return [mx.zeros(shape, dtype) for shape, dtype in call.outputs]

@@ -20,8 +20,8 @@ from metal_kernels.launch import FEW_VALUES, METAL_TYPES, Constants, Kernel, def
 TYPES = METAL_TYPES | {mx.uint32: "uint"}
 WARNINGS = [
     "-nostdinc", "-Wall", "-Wextra", "-Wdouble-promotion", "-Wzero-length-array", "-Wno-unused-parameter",
-    "-Wno-unused-variable",
-    "-Wno-unknown-pragmas", "-Wno-pass-failed", "-Wno-undefined-internal", "-Wno-undefined-inline",
+    "-Wno-unused-variable", "-Wno-unknown-pragmas", "-Wno-pass-failed", "-Wno-undefined-internal",
+    "-Wno-undefined-inline",
 ]  # fmt: skip
 ARGUMENTS = [
     "-x", "c++", "-std=c++14", "-target", "x86_64-linux-gnu", "-fno-exceptions", "-fno-rtti", "-fno-builtin", *WARNINGS,
