@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,15 @@ def test_an_error_of_a_thread_that_writes_or_finishes_comes_out_and_leaves_nothi
     assert threading.active_count() <= count
 
 
+@pytest.fixture
+def interruptible() -> Generator[None]:
+    """Interrupts are errors, also of tests in a shell's background, which would ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_neither_files_nor_threads(tmp_path: Path) -> None:
     count = threading.active_count()
 
