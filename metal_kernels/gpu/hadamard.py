@@ -21,8 +21,8 @@ FEW_BLOCKS = 16
 """Up to so many blocks with an odd factor are shared out to threadgroups, one for each run of them."""
 IN_ROWS, IN_RUNS, IN_PIECES = 0, 1, 2
 """How results lie, see `place_of` in activations.metal."""
-PIECE_ROWS = 128
-"""Two pieces of 64 rows, which a warpgroup multiplies by at once."""
+PIECE_ROWS = 256
+"""Four pieces of 64 rows, which a warpgroup multiplies by at once."""
 
 ROTATE = Kernel(
     name="turboquant_rotate",

@@ -35,7 +35,7 @@ class TileWeight:
     """A packed matrix in tiles of 16 rows and blocks of 256 columns, padded with scales of zero, and its rotation.
 
     words uint32 (tiles, blocks, enough): the `codes`, the `scales`, then `fixed`, in one array since MLX takes time for
-    every array of a launch. fixed: `fixed_words` without a table. group 0: one scale a row. block: the Hadamard
+    every array of a launch. fixed: `fixed_words`. group 0: one scale a row. block: the Hadamard
     transform's (1: none). table: a `decoding_table`. nvidia: codes lie as NVIDIA's kernels want them. The tiles of all
     experts, `rows` rows each, follow each other.
     """
@@ -171,7 +171,8 @@ def arrange(
         mx.eval(parts[-1])
     group = 0 if scales.shape[1] == 1 else width // scales.shape[1]
     tiled = _tile_scales(scales, group, parts[0].shape[1])
-    fixed, table = fixed_words(None, signs, width), decoding_table(codebook)
+    table = decoding_table(codebook)
+    fixed = fixed_words(mx.array(table).view(mx.uint32), signs, width)
     return TileWeight(in_one(parts, [tiled], fixed), fixed, bits, group, rows, width, block, table, nvidia)
 
 

@@ -1,7 +1,7 @@
 """Products of many rows of activations with a weight in tiles, on the matrix units of NVIDIA's Hopper."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
@@ -16,28 +16,46 @@ MATMUL = Kernel(
     sources=("warpgroup.metal",),
     inputs=("x", "packed"),
     outputs=("out",),
-    large_memory=70 << 10,
 )
 WARPGROUP_TILES = 4
+WARPGROUP = WARPGROUP_TILES * SIMD
+FEW, MANY = MULTIPROCESSORS * 3 // 4, MULTIPROCESSORS * 4
+"""Threadgroups that leave no more than a quarter of all multiprocessors idle, and warpgroups that keep all of them busy."""
+MOST_TEAMS = 4
+MEMORY = 227 << 10
+"""Bytes of threadgroup memory that Hopper has."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A threadgroup's share: warpgroups, 64 rows of the weight each, and rows of activations, 64 or 128.
+    """A threadgroup's share, and how it is divided.
 
-    planes: how many, 2 or 4, are decoded while as many are multiplied.
+    Teams of `warpgroups` each take some blocks of 64 rows of the weight for each warpgroup, times as many `columns`,
+    rows of halves, 64, 128 or 256.
     """
 
     warpgroups: int
     columns: int
-    planes: int
+    teams: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a threadgroup."""
+        return WARPGROUP * self.warpgroups * self.teams
+
+    @property
+    def memory(self) -> int:
+        """Bytes for four units of each team's activations, or for sums that teams send and results after them."""
+        sent = (self.teams - 1) * self.warpgroups * 64 * self.columns * 4
+        results = self.columns * (64 * self.warpgroups * 2 + 16)
+        return max(self.teams * 4 * 128 * self.columns, sent + results)
 
     def groups(self, weight: TileWeight, columns: int) -> tuple[int, int]:
         """Threadgroups, by rows of the weight and by `columns` rows of halves."""
         return -(-weight.tiles // (WARPGROUP_TILES * self.warpgroups)), -(-columns // self.columns)
 
 
-SHAPES = Shape(2, 128, 2), Shape(1, 128, 2), Shape(1, 64, 4)
+SHAPES = Shape(2, 256), Shape(1, 256), Shape(1, 128), Shape(1, 64)
 """From the least to copy and to decode to the most threadgroups."""
 
 
@@ -54,12 +72,17 @@ def _is_hopper() -> bool:
 
 
 def shape_of(weight: TileWeight, columns: int) -> Shape:
-    """The largest whose threadgroups leave no more than a quarter of all multiprocessors idle, and none twice as wide
-    as there are rows of halves to multiply by."""
-    for shape in SHAPES[:-1]:
-        if columns > shape.columns // 2 and math.prod(shape.groups(weight, columns)) >= MULTIPROCESSORS * 3 // 4:
-            return shape
-    return SHAPES[-1]
+    """The largest that makes enough threadgroups, and none twice as wide as there are rows of halves to multiply by; in
+    as many teams as keep multiprocessors busy."""
+    fitting = (
+        shape
+        for shape in SHAPES[:-1]
+        if columns > shape.columns // 2 and math.prod(shape.groups(weight, columns)) >= FEW
+    )
+    shape = next(fitting, SHAPES[-1])
+    room = min(MOST_TEAMS, MEMORY // shape.memory, weight.blocks)
+    wanted = MANY // (shape.warpgroups * math.prod(shape.groups(weight, columns)))
+    return replace(shape, teams=max(1, min(room, wanted)))
 
 
 def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape | None = None) -> mx.array:
@@ -72,8 +95,8 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape | N
         **x.constants,
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
-        "COUNT": shape.planes,
+        "TEAMS": shape.teams,
         "T": dtype,
     }
-    threads = WARPGROUP_TILES * SIMD * shape.warpgroups
-    return MATMUL.launch(inputs, [((x.n, weight.rows), dtype)], groups, threads, constants)[0]
+    kernel = replace(MATMUL, large_memory=shape.memory)
+    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, shape.threads, constants)[0]

@@ -12,7 +12,7 @@ inline float gate(float value, float up) {
 }
 
 // Row after row; or by 32 columns, those of all rows side by side, which a simdgroup reads at once; or in pieces of 64 rows
-// and 64 columns, which follow each other in the order of columns, then of rows. A line of a piece is a row, its columns
+// and 64 columns, four of 256 rows beside each other, which follow each other in the order of columns, then of rows. A line of a piece is a row, its columns
 // (p, t, s, h, e), see codes.metal, in the order (p, s, h, t, e) that a matrix unit takes them in, and its vectors of eight
 // turned as `descriptor` says.
 CONSTANT int IN_ROWS = 0, IN_RUNS = 1, IN_PIECES = 2;
@@ -26,14 +26,14 @@ inline uint place_of(uint row, uint column, uint extent) {
   if (ORDER == IN_RUNS) {
     return (column / 32 * extent + row) * 32 + column % 32;
   }
-  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 64 * (extent / 64) + column / 64) * 64 + row % 64;
+  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 256 * (extent / 64) + column / 64) * 256 + row % 256;
   return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
 }
 
-// Rows that `count` rows take up: pieces come twice 64 at a time.
+// Rows that `count` rows take up: pieces come four times 64 at a time.
 template <int ORDER>
 inline uint rows_held(uint count) {
-  return ORDER == IN_PIECES ? (count + 127) / 128 * 128 : count;
+  return ORDER == IN_PIECES ? (count + 255) / 256 * 256 : count;
 }
 
 // What restores rows: powers of two, whose exponents as floats have them are halves, one a row; without SCALED, one.

@@ -38,6 +38,12 @@ __device__ inline void barrier() {
   __syncthreads();
 }
 
+// Of the THREADS threads of team `number`, less than 15.
+template <int THREADS>
+__device__ inline void team_barrier(uint number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(THREADS) : "memory");
+}
+
 // Loads before it are not put off until after it.
 __device__ inline void loads_first() {
   __syncwarp();
@@ -68,6 +74,11 @@ __device__ inline float shuffle_xor(float value, uint distance) {
 
 __device__ inline float shuffle(float value, uint lane) {
   return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// What is the same for all of a simdgroup, as the compiler does not know.
+__device__ inline uint same_in_simdgroup(uint value) {
+  return __shfl_sync(0xffffffffu, value, 0);
 }
 
 // The lower and the upper 16 bits of a word, and a word of two such.
@@ -281,9 +292,13 @@ __device__ inline uint shared_address(const void* at) {
 // Turns over each time that all bytes which were asked for are there.
 using Arrival = unsigned long long;
 
-// By one thread, a barrier before the first use.
+// By one thread, a barrier before others use it.
 __device__ inline void set_up(Shared<Arrival> arrival) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
+}
+
+// Copies find what was set up before it.
+__device__ inline void set_ups_first() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -360,6 +375,23 @@ __device__ inline void warpgroup_multiply(float (&sums)[64], uint4 a, Shared<uin
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
       : SIXTEEN_SUMS(0), SIXTEEN_SUMS(16), SIXTEEN_SUMS(32), SIXTEEN_SUMS(48)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step)));
+}
+
+__device__ inline void warpgroup_multiply(float (&sums)[128], uint4 a, Shared<uint4> tile, int step) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "{%128, %129, %130, %131}, %132, add, 1, 1, 0;\n}"
+      : SIXTEEN_SUMS(0), SIXTEEN_SUMS(16), SIXTEEN_SUMS(32), SIXTEEN_SUMS(48), SIXTEEN_SUMS(64), SIXTEEN_SUMS(80),
+        SIXTEEN_SUMS(96), SIXTEEN_SUMS(112)
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step)));
 }
 

@@ -41,6 +41,11 @@ inline void barrier(int line = __builtin_LINE()) {
   emulator::barrier(line);
 }
 
+template <int THREADS>
+inline void team_barrier(uint, int line = __builtin_LINE()) {
+  emulator::team_barrier(THREADS, line);
+}
+
 inline void loads_first() {}
 
 // The place so many bytes after `all`.
@@ -72,6 +77,10 @@ inline float shuffle_xor(float value, uint distance, int line = __builtin_LINE()
 
 inline float shuffle(float value, uint lane, int line = __builtin_LINE()) {
   return emulator::exchange(value, line)[lane];
+}
+
+inline uint same_in_simdgroup(uint value, int line = __builtin_LINE()) {
+  return emulator::exchange(value, line)[0];
 }
 
 // The lower and the upper 16 bits of a word, and a word of two such.
@@ -284,6 +293,8 @@ using Arrival = uint;
 inline void set_up(Shared<Arrival> arrival) {
   arrival[0] = 0;
 }
+
+inline void set_ups_first() {}
 
 inline void expect(Shared<Arrival> arrival, uint) {
   arrival[0] = arrival[0] + 1;

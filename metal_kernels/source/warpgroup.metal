@@ -1,9 +1,10 @@
 // Products of packed weights with many columns of activations, on NVIDIA's Hopper.
 //
-// A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a threadgroup has WARPGROUPS of
-// them. COUNT planes at a time, weights are decoded and scaled in registers while the matrix units, in the background,
-// multiply the planes before. Activations lie in device memory in pieces (hadamard.metal), which are copied whole: unit
-// u of each block to stage u, asked for as soon as the unit before it in that stage is done.
+// A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a team is WARPGROUPS of them, and a
+// threadgroup has TEAMS, which take every TEAMS-th block and add up their sums at the end. Weights are decoded and scaled in
+// registers, two planes at a time, while the matrix units, in the background, multiply those before. Activations lie in
+// device memory in pieces (hadamard.metal), which are copied whole, a unit to a stage, as soon as the unit before it there is
+// done with; teams do not wait for each other.
 #pragma once
 
 #include "matmul.metal"
@@ -11,66 +12,61 @@
 namespace turboquant {
 
 #ifdef NVIDIA_INSTRUCTIONS
-// COUNT of the sixteen planes of a block, scaled.
-template <int COUNT>
+// Two of the sixteen planes of a block, scaled.
 struct Planes {
-  uint4 at[COUNT];
+  uint4 at[2];
 
   template <int BITS, int GROUP>
   void decode(const thread Block<BITS, GROUP>& block, int first, const thread Permuter<BITS>& decoder) thread {
-    constexpr int EACH = GROUP ? GROUP : 256;
+    uint factors = block.scales.at[first / 2 * 32 / (GROUP ? GROUP : 256)];
     UNROLL
-    for (int i = 0; i < COUNT; i++) {
-      uint factors = block.scales.at[(first + i) / 2 * 32 / EACH];
-      at[i] = scaled_plane<BITS, true>(block.words, (first + i) / 4, (first + i) % 4, decoder, factors);
+    for (int i = 0; i < 2; i++) {
+      at[i] = scaled_plane<BITS, true>(block.words, first / 4, first % 4 + i, decoder, factors);
     }
     settle(at);
   }
 };
 
-// Four units of COLUMNS columns of activations, whose pieces begin at `pieces`, and a row of pieces after `stride`.
-template <int COLUMNS>
+// A team's units of COLUMNS columns of activations, those of every TEAMS-th block, numbered from 0 on.
+template <int COLUMNS, int TEAMS>
 struct Stages {
-  CONSTANT int VECTORS = 8 * COLUMNS, PIECE = 64 * 64;
+  CONSTANT int COUNT = 4, VECTORS = 8 * COLUMNS, PIECES = 256 * 64;
+  // Of the first unit; those of the next one follow after all of 256 rows.
   Device<const half> pieces;
-  uint stride;
+  uint units;
   Shared<uint4> staged;
-  Shared<Arrival> arrived;
+  Shared<Arrival> arrivals;
+
+  Stages(Device<const half> x, uint group, uint blocks, uint team, Shared<uint4> all_staged, Shared<Arrival> all_arrivals)
+      : pieces(x + ((group * COLUMNS / 256 * blocks + team) * 4 * PIECES + group * COLUMNS % 256 * 64)),
+        units((blocks + (TEAMS - 1) - team) / TEAMS * 4), staged(all_staged + team * (COUNT * VECTORS)),
+        arrivals(all_arrivals + team * COUNT) {}
 
   // By one thread, a barrier before others wait.
   void begin() const thread {
     UNROLL
-    for (int i = 0; i < 4; i++) {
-      set_up(arrived + i);
+    for (int i = 0; i < COUNT; i++) {
+      set_up(arrivals + i);
     }
+    set_ups_first();
     UNROLL
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < COUNT; i++) {
       ask(i);
     }
   }
 
-  // By one thread.
-  void ask(uint unit) const thread {
-    expect(arrived + unit % 4, 16 * VECTORS);
-    UNROLL
-    for (int i = 0; i < COLUMNS / 64; i++) {
-      copy(stage(unit) + i * (PIECE / 8), pieces + i * stride + unit * PIECE, 2 * PIECE, arrived + unit % 4);
+  // By one thread: has a unit copied to a stage that all of the team are done with.
+  void ask(uint number) const thread {
+    if (number < units) {
+      expect(arrivals + number % COUNT, 16 * VECTORS);
+      copy(staged + number % COUNT * VECTORS, pieces + (number / 4 * (4 * TEAMS) + number % 4) * PIECES, 16 * VECTORS,
+           arrivals + number % COUNT);
     }
   }
 
-  // What takes the place of the unit before.
-  void ask_later(uint unit, uint units, uint index) const thread {
-    if (index == 0 && unit + 3 < units) {
-      ask(unit + 3);
-    }
-  }
-
-  void wait(uint unit) const thread {
-    wait_for(arrived + unit % 4, unit / 4 % 2);
-  }
-
-  Shared<uint4> stage(uint unit) const thread {
-    return staged + unit % 4 * VECTORS;
+  Shared<uint4> wait(uint number) const thread {
+    wait_for(arrivals + number % COUNT, number / COUNT % 2);
+    return staged + number % COUNT * VECTORS;
   }
 };
 
@@ -86,15 +82,35 @@ struct WarpgroupSums {
     }
   }
 
-  // Planes `first` and those after it of a unit.
-  template <int COUNT>
-  void add(const thread Planes<COUNT>& planes, Shared<uint4> stage, int first) thread {
+  // Planes `first` and the next of a unit.
+  void add(const thread Planes& planes, Shared<uint4> stage, int first) thread {
     begin_products();
     UNROLL
-    for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < 2; i++) {
       warpgroup_multiply(at, planes.at[i], stage, first + i);
     }
     end_products();
+  }
+
+  // Adds up the sums of SENDERS + 1 teams of THREADS threads in those of team 0; sent: COLUMNS / 2 values of each other thread.
+  template <int SENDERS, int THREADS>
+  void gather(Shared<float> sent, uint index) thread {
+    if (index >= THREADS) {
+      UNROLL
+      for (int i = 0; i < COLUMNS / 2; i++) {
+        sent[i * (SENDERS * THREADS) + (index - THREADS)] = at[i];
+      }
+    }
+    barrier();
+    if (index < THREADS) {
+      UNROLL
+      for (int i = 0; i < COLUMNS / 2; i++) {
+        UNROLL
+        for (int j = 0; j < SENDERS; j++) {
+          at[i] += sent[i * (SENDERS * THREADS) + j * THREADS + index];
+        }
+      }
+    }
   }
 
   // Results of one thread to `results` (COLUMNS / PARTS, stride), their first output `first`.
@@ -135,65 +151,79 @@ inline void write_results(Shared<T> results, int stride, Device<T> out, uint fir
   }
 }
 
-// staged: 4 * 8 * COLUMNS vectors; in the same memory, after them, results: COLUMNS / PARTS rows of 64 * WARPGROUPS
-// values and 16 bytes, a gap against bank conflicts.
-template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int COUNT, int PARTS, bool SCALED, typename T>
+// Adds the products of a simdgroup's tile and a team's blocks, of which `weights` is the first; index: in the team.
+template <int SIMDGROUPS, int BITS, int GROUP, int COLUMNS, int TEAMS>
+inline void add_blocks(thread WarpgroupSums<COLUMNS>& sums, const thread Stages<COLUMNS, TEAMS>& stages,
+                       thread Block<BITS, GROUP>& weights, const thread Permuter<BITS>& decoder, uint team, uint index) {
+  Block<BITS, GROUP> next = weights;
+  Planes planes[2];
+  planes[0].decode(weights, 0, decoder);
+  Shared<uint4> stage = stages.staged;
+  for (uint number = 0; number < stages.units; number += 4) {
+    next.advance(TEAMS);
+    if (number + 4 < stages.units) {
+      next.load();
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+      uint unit = number + i / 2;
+      if (i % 2 == 0) {
+        stage = stages.wait(unit);
+      }
+      sums.add(planes[i % 2], stage, i % 2 * 2);
+      if (i % 2 == 1 && unit > 0 && index == unit % SIMDGROUPS * 32) {
+        // In turns, and while there are products to wait for.
+        stages.ask(unit + 3);
+      }
+      wait_for_products<1>();
+      if (i % 2 == 0) {
+        // Whatever came before these products is done: the stage of the unit before is free.
+        team_barrier<32 * SIMDGROUPS>(team);
+      }
+      if (i == 7) {
+        weights = next;
+      }
+      planes[(i + 1) % 2].decode(weights, (2 * i + 2) % 16, decoder);
+    }
+    if (number + 4 >= stages.units) {
+      // In the loop: after it, NVIDIA's compiler would read sums before the wait, since all that add to them were waited for.
+      wait_for_products<0>();
+    }
+  }
+}
+
+// staged: 4 * 8 * COLUMNS vectors for each team; in the same memory, after them, sent: as `gather` says, and behind that results:
+// COLUMNS / PARTS rows of 64 * WARPGROUPS values and 16 bytes, a gap against bank conflicts.
+template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int TEAMS, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
                              const thread Weight<BITS, GROUP>& weight, const thread Permuter<BITS>& decoder,
-                             Device<T> out, Shared<uint4> staged, Shared<T> results, Shared<Arrival> arrived,
-                             uint outputs, uint rows, uint group_x, uint group_y, uint index) {
-  constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T);
-  uint tile = group_x * (4 * WARPGROUPS) + index / 32, tiles = weight.tiles, blocks = weight.blocks, units = 4 * blocks;
-  Block<BITS, GROUP> weights(weight, tile < tiles ? tile : tiles - 1, 0, index % 32), next = weights;
-  weights.load();
-  Stages<COLUMNS> stages{x + group_y * COLUMNS * (64 * units), 64 * 64 * units, staged, arrived};
-  if (index == 0) {
+                             Device<T> out, Shared<uint4> staged, Shared<float> sent, Shared<T> results,
+                             Shared<Arrival> arrivals, uint outputs, uint rows, uint group_x, uint group_y, uint index) {
+  constexpr int ROWS = 64 * WARPGROUPS, STRIDE = ROWS + 16 / sizeof(T), THREADS = 128 * WARPGROUPS;
+  uint team = TEAMS > 1 ? same_in_simdgroup(index / THREADS) : 0, mine = index - team * THREADS;
+  uint tile = group_x * (4 * WARPGROUPS) + mine / 32;
+  Block<BITS, GROUP> weights(weight, tile < weight.tiles ? tile : weight.tiles - 1, team, index % 32);
+  Stages<COLUMNS, TEAMS> stages(x, group_y, weight.blocks, team, staged, arrivals);
+  if (stages.units > 0) {
+    weights.load();
+  }
+  if (mine == 0) {
     stages.begin();
   }
   WarpgroupSums<COLUMNS> sums;
   sums.clear();
-  Planes<COUNT> planes[2];
   barrier();
-  planes[0].decode(weights, 0, decoder);
-  for (uint block = 0; block < blocks; block++) {
-    UNROLL
-    for (int first = 0; first < 16; first += COUNT) {
-      uint unit = 4 * block + first / 4;
-      if (first % 4 == 0) {
-        stages.wait(unit);
-      }
-      sums.add(planes[first / COUNT % 2], staged + first / 4 * (8 * COLUMNS), first % 4);
-      if (COUNT < 4 && first % 4 > 0) {
-        // While there are products to wait for.
-        stages.ask_later(unit, units, index);
-      }
-      wait_for_products<1>();
-      if (first % 4 == 0) {
-        // Whatever came before these products is done: the stage of the unit before is free.
-        barrier();
-        if (COUNT == 4) {
-          stages.ask_later(unit, units, index);
-        }
-      }
-      if (first == 8) {
-        next.advance(1);
-        if (block + 1 < blocks) {
-          next.load();
-        }
-      }
-      if (first + COUNT == 16) {
-        weights = next;
-      }
-      planes[(first / COUNT + 1) % 2].decode(weights, (first + COUNT) % 16, decoder);
-    }
+  add_blocks<THREADS / 32>(sums, stages, weights, decoder, team, mine);
+  barrier();
+  if (TEAMS > 1) {
+    sums.template gather<TEAMS - 1, THREADS>(sent, index);
   }
-  wait_for_products<0>();
-  barrier();
   uint first = group_y * (COLUMNS / PARTS);
-  sums.template store<PARTS>(results, STRIDE, factors, first, outputs, index);
+  if (team == 0) {
+    sums.template store<PARTS>(results, STRIDE, factors, first, outputs, index);
+  }
   barrier();
-  write_results<COLUMNS / PARTS, ROWS, 128 * WARPGROUPS>(results, STRIDE, out, group_x * ROWS, rows, first, outputs,
-                                                         index);
+  write_results<COLUMNS / PARTS, ROWS, TEAMS * THREADS>(results, STRIDE, out, group_x * ROWS, rows, first, outputs, index);
 }
 #endif
 

@@ -14,11 +14,13 @@ from tests.metal_kernels.test_gpu_kernels import odd_case
 on_hopper = on_machine if warpgroup._is_hopper() else on_emulator
 CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
-    (40, 384, 65, 3, 64, mx.float16, Shape(2, 128, 2)),
-    (100, 768, 130, 3, 32, mx.float16, Shape(1, 128, 2)),
+    (40, 384, 65, 3, 64, mx.float16, Shape(2, 128)),
+    (100, 768, 130, 3, 32, mx.float16, Shape(1, 256)),
     (100, 512, 70, 2, 128, mx.bfloat16, Shape(1, 64, 4)),
-    (136, 256, 70, 4, 0, mx.float32, Shape(2, 128, 2)),
-    (33, 288, 17, 4, 32, mx.float32, Shape(1, 64, 4)),
+    (136, 256, 70, 4, 0, mx.float32, Shape(2, 256)),
+    (33, 288, 17, 4, 32, mx.float32, Shape(1, 64)),
+    (70, 1344, 150, 3, 64, mx.float16, Shape(1, 128, 3)),
+    (130, 1024, 140, 4, 64, mx.float32, Shape(2, 64, 2)),
 ]
 
 
@@ -49,20 +51,22 @@ def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert taken == {17}
 
 
-RACE = "a race: threadgroup memory"
+RACE = "a race: "
 FAULTS = {
-    "a copy that nobody asked for": (2, ("unit + 3 < units", "unit + 4 < units"), "nobody asked for"),
-    "asked for before all have read": (2, ("first % 4 > 0", "first % 4 == 0"), RACE),
-    "no barrier before it is asked for": (4, ("barrier();\nif (COUNT == 4)", "if (COUNT == 4)"), RACE),
+    "a copy that nobody asked for": (("if (number < units)", "if (number + 1 < units)"), "nobody asked for"),
+    "asked for before all have read": (("i % 2 == 1 && unit > 0 &&", "i % 2 == 0 && unit > 0 &&"), RACE),
+    "no barrier before it is asked for": (("if (i % 2 == 0) {\nteam_barrier", "if (false) {\nteam_barrier"), RACE),
+    "a stage for two teams": (("all_staged + team * (COUNT * VECTORS)", "all_staged"), RACE),
+    "sums read before they are sent": (("barrier();\nif (index < THREADS)", "if (index < THREADS)"), "before it is written"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_copying_are_found(tmp_path: Path, fault: str) -> None:
-    planes, edit, message = FAULTS[fault]
-    _, weight, _ = odd_case(40, 512, 65, 3, 64, mx.float16, "cuda")
+    edit, message = FAULTS[fault]
+    _, weight, _ = odd_case(40, 1280, 65, 3, 64, mx.float16, "cuda")
     ready = Activations(
-        mx.zeros((65, hadamard.PIECE_ROWS * 512 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
+        mx.zeros((65, hadamard.PIECE_ROWS * 1280 // 65 + 1), mx.float16), 1, scaled=False, in_pieces=True
     )
     with pytest.raises(EmulatorError, match=message):
-        on_emulator(tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16, Shape(1, 64, planes))], edit)
+        on_emulator(tmp_path, lambda: [warpgroup.matmul(ready, weight, mx.float16, Shape(1, 64, 2))], edit)

@@ -52,24 +52,29 @@ struct bfloat16 {
   }
 };
 
-enum class Wait { none, barrier, simdgroup, done };
+enum class Wait { none, barrier, team, simdgroup, done };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::none;
   int line = 0;
-  unsigned barriers = 0, exchanges = 0, lookups = 0, arrays = 0;
+  unsigned barriers = 0, team_barriers = 0, exchanges = 0, lookups = 0, arrays = 0;
 };
 
 struct Exchange {
   alignas(16) std::array<std::array<unsigned char, 64>, SIMD> slots;
 };
 
-// A value of threadgroup memory and who touched it since the last barrier.
+// When a thread did something: after so many barriers of all threads, and of its team.
+struct Moment {
+  unsigned barriers = 0, team_barriers = 0;
+};
+
+// A value of threadgroup memory and who touched it last.
 struct Touch {
   bool written = false;
-  unsigned write_epoch = 0, read_epoch = 0;
+  Moment write, read;
   int writer = -1, reader = -1;  // reader -2: several
 };
 
@@ -85,7 +90,7 @@ struct Group {
   std::vector<std::array<Exchange, 2>> exchanges;
   std::vector<std::unique_ptr<Block>> blocks;
   std::size_t shared_bytes = 0;
-  unsigned running = 0;
+  unsigned running = 0, team_threads = 0;
   std::function<void()> body;
 };
 
@@ -117,6 +122,29 @@ inline void wait(Wait why, int line) {
 inline void barrier(int line) {
   fiber().barriers++;
   wait(Wait::barrier, line);
+}
+
+// Of the running thread's team: threads beside each other, as many in each.
+inline void team_barrier(unsigned threads, int line) {
+  if (threads == 0 || threads % SIMD || current->fibers.size() % threads || (current->team_threads && current->team_threads != threads)) {
+    fail("teams of no whole simdgroups, or of several sizes", threads, current->team_threads);
+  }
+  current->team_threads = threads;
+  fiber().team_barriers++;
+  wait(Wait::team, line);
+}
+
+// Whether no barrier lies between the running thread and what another did; thread -2: any.
+inline bool at_the_same_time(const Moment& then, int thread) {
+  const Fiber& mine = fiber();
+  unsigned threads = current->team_threads;
+  bool same_team = threads == 0 || thread < 0 || unsigned(thread) / threads == thread_index() / threads;
+  return thread != int(thread_index()) && then.barriers == mine.barriers &&
+         (!same_team || then.team_barriers == mine.team_barriers);
+}
+
+inline Moment now() {
+  return {fiber().barriers, fiber().team_barriers};
 }
 
 template <typename T>
@@ -225,30 +253,28 @@ class Shared {
     operator T() const {
       Touch& touch = block_->touches[index_];
       int me = int(thread_index());
-      unsigned epoch = fiber().barriers;
       if (!touch.written) {
         fail("threadgroup memory is read before it is written (index, thread)", index_, me);
       }
-      if (touch.write_epoch == epoch && touch.writer != me) {
+      if (at_the_same_time(touch.write, touch.writer)) {
         fail("a race: threadgroup memory is read without a barrier after its writing (index, thread)", index_, me);
       }
-      touch.reader = touch.read_epoch == epoch && touch.reader != -1 && touch.reader != me ? -2 : me;
-      touch.read_epoch = epoch;
+      touch.reader = touch.reader != -1 && at_the_same_time(touch.read, touch.reader) ? -2 : me;
+      touch.read = now();
       return value();
     }
     void operator=(T value) const {
       Touch& touch = block_->touches[index_];
       int me = int(thread_index());
-      unsigned epoch = fiber().barriers;
-      if (touch.written && touch.write_epoch == epoch && touch.writer != me) {
+      if (touch.written && at_the_same_time(touch.write, touch.writer)) {
         fail("a race: two threads write one place of threadgroup memory (index, thread)", index_, me);
       }
-      if (touch.reader != -1 && touch.read_epoch == epoch && touch.reader != me) {
+      if (touch.reader != -1 && at_the_same_time(touch.read, touch.reader)) {
         fail("a race: threadgroup memory is written without a barrier after its reading (index, thread)", index_, me);
       }
       touch.written = true;
       touch.writer = me;
-      touch.write_epoch = epoch;
+      touch.write = now();
       std::memcpy(block_->bytes.data() + index_ * sizeof(T), &value, sizeof(T));
     }
 
@@ -328,7 +354,9 @@ inline bool together(const Group& group, unsigned first, unsigned end) {
 inline bool may_run(const Group& group, unsigned index, bool all_together) {
   const Fiber& one = group.fibers[index];
   unsigned first = index / SIMD * SIMD;
+  unsigned team = one.wait == Wait::team ? index / group.team_threads * group.team_threads : 0;
   return one.wait == Wait::none || (one.wait == Wait::barrier && all_together) ||
+         (one.wait == Wait::team && together(group, team, team + group.team_threads)) ||
          (one.wait == Wait::simdgroup && together(group, first, first + SIMD));
 }
 
