@@ -32,6 +32,7 @@ from benchmarks.harness import (
     report,
     save,
 )
+from metal_kernels import reference
 from metal_kernels.dispatch import record
 from metal_kernels.gpu import products
 from metal_kernels.gpu.hadamard import Activations
@@ -44,6 +45,7 @@ from quant_engine.rotation import choose_block, signs
 GPU_SHAPES = ["4096x4096", "14336x4096", "8192x28672"]
 CPU_SHAPES = ["4096x4096"]
 GROUP = 64
+MOST_OFF = 0.01
 
 
 def packed_weights(out: int, width: int, bits: int) -> list[metal_kernels.PackedWeight]:
@@ -146,6 +148,15 @@ def rotated_product(x: mx.array, weight: metal_kernels.PackedWeight) -> mx.array
     return products.times(Activations(x, 1, scaled=False), cast(TileWeight, weight.tiles), gpu, mx.float16)
 
 
+def check(x: mx.array, weight: metal_kernels.PackedWeight) -> None:
+    """A wrong product's time says nothing: stops where one is off by more than a hundredth of the largest value."""
+    rotated = reference.rotate(x.astype(mx.float32), weight.signs, weight.block)
+    right = reference.matmul(rotated, *weight.canonical(), weight.codebook)
+    off = float(mx.abs(metal_kernels.matmul(x, weight) - right).max() / mx.abs(right).max())
+    if off > MOST_OFF:
+        raise SystemExit(f"the product of {len(x)} rows with a weight of shape {weight.shape} is off by {off:.2%}")
+
+
 def measure(out: int, width: int, rows: list[int], bits: list[int], read: float) -> Iterator[list[dict[str, Any]]]:
     """Rows of one shape, of one number of vectors after the other; read: bytes a second of a plain read."""
     dtype = mx.float16 if on_gpu() else mx.float32
@@ -164,6 +175,8 @@ def measure(out: int, width: int, rows: list[int], bits: list[int], read: float)
             row |= {"us": us}
             if method.bits is not None:
                 row["of_read"] = 1e-6 * us * read / (out * width * (method.bits / 8 + method.scale_bytes))
+            if method.name == "turboquant":
+                check(x, weights[method.weights][0][0])
             group.append(row | {"path": path_of(step, x) if "turboquant" in method.name else "mlx"})
         compare(group)
         yield group

@@ -20,7 +20,7 @@ MATMUL = Kernel(
 WARPGROUP_TILES = 4
 WARPGROUP = WARPGROUP_TILES * SIMD
 FEW, MANY = MULTIPROCESSORS * 3 // 4, MULTIPROCESSORS * 4
-"""Threadgroups that leave no more than a quarter of all multiprocessors idle, and warpgroups that keep all of them busy."""
+"""Threadgroups that leave no more than a quarter of all multiprocessors idle; warpgroups that keep them all busy."""
 MOST_TEAMS = 4
 MEMORY = 227 << 10
 """Bytes of threadgroup memory that Hopper has."""

@@ -51,13 +51,28 @@ def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert taken == {17}
 
 
+@pytest.mark.skipif(not warpgroup._is_hopper(), reason="only a Hopper's products are in the background")
+@pytest.mark.parametrize("shape", [*warpgroup.SHAPES, Shape(1, 128, 3), Shape(1, 64, 4)], ids=str)
+def test_sums_are_read_when_all_products_are_done(shape: Shape) -> None:
+    """With so much to multiply that a compiler that reads them too early is found out."""
+    x, weight, right = odd_case(4096, 2048, 512, 3, 64, mx.float16, "cuda")
+    with mx.stream(mx.gpu):
+        ready = hadamard.prepare(x, weight.fixed, weight.block, in_pieces=True)
+        for _ in range(5):
+            y = warpgroup.matmul(ready, weight, x.dtype, shape).astype(mx.float32)
+            assert mx.abs(y - right).max() < 1e-3 * mx.abs(right).max()
+
+
 RACE = "a race: "
 FAULTS = {
     "a copy that nobody asked for": (("if (number < units)", "if (number + 1 < units)"), "nobody asked for"),
     "asked for before all have read": (("i % 2 == 1 && unit > 0 &&", "i % 2 == 0 && unit > 0 &&"), RACE),
     "no barrier before it is asked for": (("if (i % 2 == 0) {\nteam_barrier", "if (false) {\nteam_barrier"), RACE),
     "a stage for two teams": (("all_staged + team * (COUNT * VECTORS)", "all_staged"), RACE),
-    "sums read before they are sent": (("barrier();\nif (index < THREADS)", "if (index < THREADS)"), "before it is written"),
+    "sums read before they are sent": (
+        ("barrier();\nif (index < THREADS)", "if (index < THREADS)"),
+        "before it is written",
+    ),
 }
 
 
