@@ -20,7 +20,7 @@ NO_INDEX = Installing failed; pip's message above says why. Without a network to
 pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS), then run make again: it continues where it stopped.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench report package clean
+.PHONY: help demo test lint format types bench report sanitize package clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(VENV)/.dev ## measure quality and speed on this machine, and write READ
 
 report: $(VENV)/.dev ## run tests and benchmarks and write one JSON file to send back, for instance from a Mac
 	$(PY) -m benchmarks.send_back
+
+sanitize: $(VENV)/.dev ## run the tests of GPU kernels under NVIDIA's compute-sanitizer: races, wrong addresses
+	$(PY) -m tests.metal_kernels.sanitize
 
 package: $(VENV)/.dev ## build wheel and sdist, install the wheel into an empty environment, run the demo there
 	rm -rf dist build/empty

@@ -285,7 +285,7 @@ inline void multiply_eights(float& first, float& second, uint a, uint b, int lin
   }
 }
 
-// ---- Hopper's copies and products, done at once; waiting is a barrier, so that nothing is read before it is there
+// ---- Hopper's copies, done at once, and products, done when they are waited for
 
 // How many copies it was the arrival of.
 using Arrival = uint;
@@ -315,29 +315,39 @@ inline void wait_for(Shared<Arrival> arrival, uint turn) {
 
 inline void begin_products() {}
 
-inline void end_products() {}
+inline void end_products() {
+  emulator::fiber().product_groups++;
+}
 
 template <int LEFT>
-inline void wait_for_products() {}
+inline void wait_for_products() {
+  emulator::finish_products(LEFT);
+}
 
 template <int COUNT>
-inline void settle(uint4 (&)[COUNT]) {}
+inline void settle(uint4 (&values)[COUNT]) {
+  emulator::check_registers(values, sizeof values);
+}
 
-// NVIDIA's wgmma of one simdgroup's rows, with 128-byte swizzling.
+// NVIDIA's wgmma of one simdgroup's rows, with 128-byte swizzling. `a` is read, and sums are added to, until it is waited for.
 template <int VALUES>
-inline void warpgroup_multiply(float (&sums)[VALUES], uint4 a, Shared<uint4> tile, int step,
+inline void warpgroup_multiply(float (&sums)[VALUES], const uint4& a, Shared<uint4> tile, int step,
                                int line = __builtin_LINE()) {
   uint g = emulator::thread_index() % 32 / 4, t = emulator::thread_index() % 4;
+  emulator::Product product{sums, std::vector<float>(VALUES), &a, {}, 0};
   for (uint piece = 0; piece < VALUES / 4; piece++) {
     uint column = 8 * piece + g, vector = 2 * step;
-    uint4 first = tile[8 * column + (vector ^ (column % 8))], second = tile[8 * column + ((vector + 1) ^ (column % 8))];
+    uint places[2] = {8 * column + (vector ^ (column % 8)), 8 * column + ((vector + 1) ^ (column % 8))};
+    uint4 first = tile[places[0]], second = tile[places[1]];
     uint one[4] = {first.x, first.y, first.z, first.w}, two[4] = {second.x, second.y, second.z, second.w};
-    float four[4] = {sums[4 * piece], sums[4 * piece + 1], sums[4 * piece + 2], sums[4 * piece + 3]};
+    float four[4] = {0, 0, 0, 0};
     matrix_multiply(four, a, one[t], two[t], line);
     for (uint i = 0; i < 4; i++) {
-      sums[4 * piece + i] = four[i];
+      product.added[4 * piece + i] = four[i];
     }
+    product.held.insert(product.held.end(), {tile.touch(places[0]), tile.touch(places[1])});
   }
+  emulator::begin_product(std::move(product));
 }
 
 template <typename T>

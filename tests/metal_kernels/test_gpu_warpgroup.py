@@ -68,6 +68,8 @@ FAULTS = {
     "a copy that nobody asked for": (("if (number < units)", "if (number + 1 < units)"), "nobody asked for"),
     "asked for before all have read": (("i % 2 == 1 && unit > 0 &&", "i % 2 == 0 && unit > 0 &&"), RACE),
     "no barrier before it is asked for": (("if (i % 2 == 0) {\nteam_barrier", "if (false) {\nteam_barrier"), RACE),
+    "no wait for products": (("wait_for_products<1>();", ""), "still read"),
+    "no wait at the end": (("wait_for_products<0>();", ""), "nobody waits for"),
     "a stage for two teams": (("all_staged + team * (COUNT * VECTORS)", "all_staged"), RACE),
     "sums read before they are sent": (
         ("barrier();\nif (index < THREADS)", "if (index < THREADS)"),

@@ -54,12 +54,25 @@ struct bfloat16 {
 
 enum class Wait { none, barrier, team, simdgroup, done };
 
+struct Touch;
+
+// What a product in the background adds to sums, and what it reads until it is done.
+struct Product {
+  float* sums;
+  std::vector<float> added;
+  const void* operand;
+  std::vector<Touch*> held;
+  unsigned group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::none;
   int line = 0;
   unsigned barriers = 0, team_barriers = 0, exchanges = 0, lookups = 0, arrays = 0;
+  std::vector<Product> products;
+  unsigned product_groups = 0;
 };
 
 struct Exchange {
@@ -76,6 +89,7 @@ struct Touch {
   bool written = false;
   Moment write, read;
   int writer = -1, reader = -1;  // reader -2: several
+  unsigned held = 0;  // by products that are not done
 };
 
 struct Block {
@@ -272,6 +286,9 @@ class Shared {
       if (touch.reader != -1 && at_the_same_time(touch.read, touch.reader)) {
         fail("a race: threadgroup memory is written without a barrier after its reading (index, thread)", index_, me);
       }
+      if (touch.held) {
+        fail("a race: threadgroup memory is written that products still read (index, thread)", index_, me);
+      }
       touch.written = true;
       touch.writer = me;
       touch.write = now();
@@ -287,6 +304,10 @@ class Shared {
     Block* block_;
     std::ptrdiff_t index_;
   };
+
+  Touch* touch(std::ptrdiff_t index) const {
+    return &block_->touches[offset_ + index];
+  }
 
   Reference operator[](std::ptrdiff_t index) const {
     std::ptrdiff_t there = offset_ + index;
@@ -328,10 +349,51 @@ Shared<T> large_array(std::size_t size) {
   return array;
 }
 
+// ---- products in the background
+
+inline void begin_product(Product product) {
+  for (Touch* touch : product.held) {
+    touch->held++;
+  }
+  product.group = fiber().product_groups;
+  fiber().products.push_back(std::move(product));
+}
+
+// Adds the products of all groups but the last `left`.
+inline void finish_products(unsigned left) {
+  std::vector<Product> others;
+  for (Product& product : fiber().products) {
+    if (product.group + left >= fiber().product_groups) {
+      others.push_back(std::move(product));
+      continue;
+    }
+    for (std::size_t i = 0; i < product.added.size(); i++) {
+      product.sums[i] += product.added[i];
+    }
+    for (Touch* touch : product.held) {
+      touch->held--;
+    }
+  }
+  fiber().products = std::move(others);
+}
+
+// Stops where a product that is not done reads a register in these bytes.
+inline void check_registers(const void* from, std::size_t bytes) {
+  for (const Product& product : fiber().products) {
+    auto at = static_cast<const char*>(product.operand) - static_cast<const char*>(from);
+    if (at >= 0 && std::size_t(at) < bytes) {
+      fail("registers are written that products still read (thread)", thread_index());
+    }
+  }
+}
+
 // ---- the scheduler
 
 inline void enter() {
   current->body();
+  if (!fiber().products.empty()) {
+    fail("products are begun that nobody waits for (thread)", thread_index());
+  }
   fiber().wait = Wait::done;
   fiber().line = 0;  // simdgroups may differ in what they did last
   swapcontext(&fiber().context, &current->scheduler);
