@@ -9,6 +9,7 @@ import pytest
 
 from tests.metal_kernels.sanitize import Outcome
 
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 def test_one(): pass
 def test_two(): pass
@@ -28,11 +29,12 @@ def sanitized(folder: Path, summary: str, tests: str = TESTS) -> subprocess.Comp
     (folder / "test_some.py").write_text(tests)
     command = [sys.executable, "-m", "tests.metal_kernels.sanitize", "--tools", "racecheck", "--processes", "2"]
     return subprocess.run(
-        [*command, "--logs", str(folder / "logs"), str(folder / "test_some.py")],
+        [*command, "--logs", "logs", "test_some.py"],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
     )
 
 
