@@ -30,8 +30,8 @@ MEMORY = 227 << 10
 class Shape:
     """A threadgroup's share, and how it is divided.
 
-    Teams of `warpgroups` each take some blocks of 64 rows of the weight for each warpgroup, times as many `columns`,
-    rows of halves, 64, 128 or 256.
+    Teams, no more than blocks, share the blocks of 64 rows of the weight for each of `warpgroups`, and multiply them by
+    `columns` rows of halves: 64, 128 or 256.
     """
 
     warpgroups: int

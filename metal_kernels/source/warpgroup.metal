@@ -1,10 +1,10 @@
 // Products of packed weights with many columns of activations, on NVIDIA's Hopper.
 //
 // A warpgroup, four simdgroups, takes 64 rows, a tile a simdgroup, by COLUMNS columns; a team is WARPGROUPS of them, and a
-// threadgroup has TEAMS, which take every TEAMS-th block and add up their sums at the end. Weights are decoded and scaled in
-// registers, two planes at a time, while the matrix units, in the background, multiply those before. Activations lie in
-// device memory in pieces (hadamard.metal), which are copied whole, a unit to a stage, as soon as the unit before it there is
-// done with; teams do not wait for each other.
+// threadgroup has TEAMS, no more than blocks, which take every TEAMS-th block and add up their sums at the end. Weights are
+// decoded and scaled in registers, two planes at a time, while the matrix units, in the background, multiply those before.
+// Activations lie in device memory in pieces (activations.metal), which are copied whole, a unit to a stage, as soon as the
+// unit before it there is done with; teams do not wait for each other.
 #pragma once
 
 #include "matmul.metal"
@@ -204,9 +204,7 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
   uint tile = group_x * (4 * WARPGROUPS) + mine / 32;
   Block<BITS, GROUP> weights(weight, tile < weight.tiles ? tile : weight.tiles - 1, team, index % 32);
   Stages<COLUMNS, TEAMS> stages(x, group_y, weight.blocks, team, staged, arrivals);
-  if (stages.units > 0) {
-    weights.load();
-  }
+  weights.load();
   if (mine == 0) {
     stages.begin();
   }

@@ -16,7 +16,7 @@ CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
     (40, 384, 65, 3, 64, mx.float16, Shape(2, 128)),
     (100, 768, 130, 3, 32, mx.float16, Shape(1, 256)),
-    (100, 512, 70, 2, 128, mx.bfloat16, Shape(1, 64, 4)),
+    (100, 1280, 70, 2, 128, mx.bfloat16, Shape(1, 64, 4)),
     (136, 256, 70, 4, 0, mx.float32, Shape(2, 256)),
     (33, 288, 17, 4, 32, mx.float32, Shape(1, 64)),
     (70, 1344, 150, 3, 64, mx.float16, Shape(1, 128, 3)),
