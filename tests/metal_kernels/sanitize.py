@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FIRST_PORT, PORTS = 50_000, 10
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
 ELSEWHERE = re.compile(r"metal|fault|emulat")
 """Tests whose names say that they run no kernel on an NVIDIA GPU."""
@@ -53,9 +54,10 @@ def collected(files: Sequence[str]) -> list[str]:
     return [name for name in names if not ELSEWHERE.search(name.split("::", 1)[1])]
 
 
-def run(tool: str, tests: Sequence[str], log: Path) -> Outcome:
-    """These tests under a tool, in a process of their own."""
+def run(tool: str, number: int, tests: Sequence[str], log: Path) -> Outcome:
+    """These tests under a tool, in a process of their own, which the tool talks to by ports of its own."""
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
+    command += ["--port", str(FIRST_PORT + PORTS * number), "--max-connections", str(PORTS)]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     with log.open("w") as file:
         subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
@@ -75,8 +77,8 @@ def main() -> int:
     args.logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.processes) as pool:
         waiting = {
-            pool.submit(run, tool, share, args.logs / f"{tool}-{i}.txt"): f"{tool} {i}"
-            for tool in args.tools
+            pool.submit(run, tool, i + j * args.processes, share, args.logs / f"{tool}-{i}.txt"): f"{tool} {i}"
+            for j, tool in enumerate(args.tools)
             for i in range(args.processes)
             if (share := tests[i :: args.processes])
         }

@@ -17,7 +17,7 @@ def test_faults(): assert False
 def test_three_metal(): assert False
 """
 STANDS_IN = """#!/bin/sh
-shift 4
+shift 8
 "$@"
 echo "========= {summary}"
 """
