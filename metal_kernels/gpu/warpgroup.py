@@ -6,9 +6,10 @@ from functools import cache
 
 import mlx.core as mx
 
+from metal_kernels.errors import KernelError
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.matvec import MULTIPROCESSORS
-from metal_kernels.gpu.tiles import TileWeight
+from metal_kernels.gpu.tiles import TABLE, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
@@ -86,16 +87,22 @@ def shape_of(weight: TileWeight, columns: int) -> Shape:
 
 
 def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape | None = None) -> mx.array:
-    """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`."""
+    """x (n, width), made ready in pieces by `prepare`, times the transposed weight: (n, rows) in `dtype`.
+
+    Raises KernelError for a shape of more teams than the weight has blocks of columns.
+    """
     shape = shape or shape_of(weight, x.n * x.parts)
+    if shape.teams > weight.blocks:
+        raise KernelError(f"{shape.teams} teams for {weight.blocks} blocks; each must have one")
     groups = shape.groups(weight, x.n * x.parts)
     inputs = [x.halves, weight.words]
     constants = {
-        **weight.constants,
+        **{name: value for name, value in weight.constants.items() if name not in TABLE},
         **x.constants,
         "WARPGROUPS": shape.warpgroups,
         "COLUMNS": shape.columns,
         "TEAMS": shape.teams,
+        "MEMORY": shape.memory,
         "T": dtype,
     }
     kernel = replace(MATMUL, large_memory=shape.memory)

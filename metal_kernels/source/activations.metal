@@ -12,10 +12,10 @@ inline float gate(float value, float up) {
 }
 
 // Row after row; or by 32 columns, those of all rows side by side, which a simdgroup reads at once; or in pieces of 64 rows
-// and 64 columns, four of 256 rows beside each other, which follow each other in the order of columns, then of rows. A line of a piece is a row, its columns
-// (p, t, s, h, e), see codes.metal, in the order (p, s, h, t, e) that a matrix unit takes them in, and its vectors of eight
-// turned as `descriptor` says.
-CONSTANT int IN_ROWS = 0, IN_RUNS = 1, IN_PIECES = 2;
+// and 64 columns, those of PIECE_ROWS rows beside each other, which follow each other in the order of columns, then of rows.
+// A line of a piece is a row, its columns (p, t, s, h, e), see codes.metal, in the order (p, s, h, t, e) that a matrix unit
+// takes them in, and its vectors of eight turned as `descriptor` says.
+CONSTANT int IN_ROWS = 0, IN_RUNS = 1, IN_PIECES = 2, PIECE_ROWS = 256;
 
 // Where a value goes; extent: how many rows there are (IN_RUNS), or halves from one row to the next.
 template <int ORDER>
@@ -26,14 +26,14 @@ inline uint place_of(uint row, uint column, uint extent) {
   if (ORDER == IN_RUNS) {
     return (column / 32 * extent + row) * 32 + column % 32;
   }
-  uint vector = column / 32 % 2 * 4 + column / 2 % 4, line = (row / 256 * (extent / 64) + column / 64) * 256 + row % 256;
-  return line * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
+  uint vector = column / 32 % 2 * 4 + column / 2 % 4, pieces = row / PIECE_ROWS * (extent / 64) + column / 64;
+  return (pieces * PIECE_ROWS + row % PIECE_ROWS) * 64 + 8 * (vector ^ (row % 8)) + column / 8 % 4 * 2 + column % 2;
 }
 
-// Rows that `count` rows take up: pieces come four times 64 at a time.
+// Rows that `count` rows take up.
 template <int ORDER>
 inline uint rows_held(uint count) {
-  return ORDER == IN_PIECES ? (count + 255) / 256 * 256 : count;
+  return ORDER == IN_PIECES ? (count + (PIECE_ROWS - 1)) / PIECE_ROWS * PIECE_ROWS : count;
 }
 
 // What restores rows: powers of two, whose exponents as floats have them are halves, one a row; without SCALED, one.

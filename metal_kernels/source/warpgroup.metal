@@ -30,15 +30,15 @@ struct Planes {
 // A team's units of COLUMNS columns of activations, those of every TEAMS-th block, numbered from 0 on.
 template <int COLUMNS, int TEAMS>
 struct Stages {
-  CONSTANT int COUNT = 4, VECTORS = 8 * COLUMNS, PIECES = 256 * 64;
-  // Of the first unit; those of the next one follow after all of 256 rows.
+  CONSTANT int COUNT = 4, VECTORS = 8 * COLUMNS, PIECES = 64 * PIECE_ROWS;
+  // Where the first unit's lie; the next one's come PIECES halves later.
   Device<const half> pieces;
   uint units;
   Shared<uint4> staged;
   Shared<Arrival> arrivals;
 
   Stages(Device<const half> x, uint group, uint blocks, uint team, Shared<uint4> all_staged, Shared<Arrival> all_arrivals)
-      : pieces(x + ((group * COLUMNS / 256 * blocks + team) * 4 * PIECES + group * COLUMNS % 256 * 64)),
+      : pieces(x + ((group * COLUMNS / PIECE_ROWS * blocks + team) * 4 * PIECES + group * COLUMNS % PIECE_ROWS * 64)),
         units((blocks + (TEAMS - 1) - team) / TEAMS * 4), staged(all_staged + team * (COUNT * VECTORS)),
         arrivals(all_arrivals + team * COUNT) {}
 
@@ -185,11 +185,8 @@ inline void add_blocks(thread WarpgroupSums<COLUMNS>& sums, const thread Stages<
       }
       planes[(i + 1) % 2].decode(weights, (2 * i + 2) % 16, decoder);
     }
-    if (number + 4 >= stages.units) {
-      // In the loop: after it, NVIDIA's compiler would read sums before the wait, since all that add to them were waited for.
-      wait_for_products<0>();
-    }
   }
+  wait_for_products<0>();
 }
 
 // staged: 4 * 8 * COLUMNS vectors for each team; in the same memory, after them, sent: as `gather` says, and behind that results:
@@ -217,7 +214,9 @@ inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>&
     sums.template gather<TEAMS - 1, THREADS>(sent, index);
   }
   uint first = group_y * (COLUMNS / PARTS);
-  if (team == 0) {
+  // NVIDIA's compiler takes sums for done after any wait for products, and may move what reads them ahead of the last wait. Not
+  // past a branch, if it cannot know how that ends.
+  if (same_in_simdgroup(team) == 0) {
     sums.template store<PARTS>(results, STRIDE, factors, first, outputs, index);
   }
   barrier();

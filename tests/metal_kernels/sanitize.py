@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FIRST_PORT, PORTS = 50_000, 10
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
-ELSEWHERE = re.compile(r"metal|fault|emulat")
+ELSEWHERE = re.compile(r"(?:^|[^a-z])(?:metal|faults?|emulat\w*)(?:[^a-z]|$)")
 """Tests whose names say that they run no kernel on an NVIDIA GPU."""
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)")
 ENDED = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b(?=.* in [\d.]+s)")
@@ -27,21 +27,31 @@ ENDED = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b(?=.* in [\d.]+s)")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process under a tool said: findings of the tool, or None where it said nothing of them, and tests by
-    how they ended."""
+    """What a process under a tool came to.
 
+    code: its exit code; findings: of the tool, None where it said nothing of them; tests: how many ended how.
+    """
+
+    code: int
     findings: int | None
     tests: dict[str, int]
 
-    @property
-    def clean(self) -> bool:
-        return self.findings == 0 and not {"failed", "error", "errors"} & set(self.tests)
+    def clean(self, tests: int) -> bool:
+        """Whether so many tests ended, some of them passed, none failed, and nothing was found."""
+        ended = sum(self.tests.values()) == tests and set(self.tests) <= {"passed", "skipped"}
+        return self.code == 0 and self.findings == 0 and ended and self.tests.get("passed", 0) > 0
+
+    def __str__(self) -> str:
+        found = "findings unknown" if self.findings is None else f"{self.findings} found"
+        said = ", ".join(f"{number} {kind}" for kind, number in self.tests.items()) or "no test ended"
+        return f"{found}; {said}" + (f"; exit code {self.code}" if self.code else "")
 
     @staticmethod
-    def of(text: str) -> "Outcome":
-        """From what was printed."""
+    def of(code: int, text: str) -> "Outcome":
+        """From an exit code and what was printed."""
         found = [int(number) for number in SUMMARY.findall(text)]
-        return Outcome(sum(found) if found else None, {kind: int(number) for number, kind in ENDED.findall(text)})
+        ended = {kind: int(number) for number, kind in ENDED.findall(text)}
+        return Outcome(code, sum(found) if found else None, ended)
 
 
 def collected(files: Sequence[str]) -> list[str]:
@@ -60,8 +70,8 @@ def run(tool: str, number: int, tests: Sequence[str], log: Path) -> Outcome:
     command += ["--port", str(FIRST_PORT + PORTS * number), "--max-connections", str(PORTS)]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     with log.open("w") as file:
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    return Outcome.of(log.read_text(errors="replace"))
+        finished = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return Outcome.of(finished.returncode, log.read_text(errors="replace"))
 
 
 def main() -> int:
@@ -73,20 +83,21 @@ def main() -> int:
     args = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer is not on PATH; it comes with NVIDIA's CUDA toolkit")
-    tests, ended = collected(args.files), list[Outcome]()
+    tests, dirty = collected(args.files), 0
+    if not tests:
+        raise SystemExit(f"no test in {' '.join(args.files)} runs kernels on an NVIDIA GPU")
     args.logs.mkdir(parents=True, exist_ok=True)
+    shares = [share for i in range(args.processes) if (share := tests[i :: args.processes])]
+    jobs = [(tool, i, share) for tool in args.tools for i, share in enumerate(shares)]
     with ThreadPoolExecutor(args.processes) as pool:
         waiting = {
-            pool.submit(run, tool, i + j * args.processes, share, args.logs / f"{tool}-{i}.txt"): f"{tool} {i}"
-            for j, tool in enumerate(args.tools)
-            for i in range(args.processes)
-            if (share := tests[i :: args.processes])
+            pool.submit(run, tool, number, share, args.logs / f"{tool}-{i}.txt"): (tool, i, share)
+            for number, (tool, i, share) in enumerate(jobs)
         }
         for done in as_completed(waiting):
-            ended.append(outcome := done.result())
-            said = ", ".join(f"{number} {kind}" for kind, number in outcome.tests.items()) or "no test ended"
-            print(f"{waiting[done]}: {outcome.findings} found; {said}", flush=True)
-    dirty = sum(not outcome.clean for outcome in ended)
+            tool, i, share = waiting[done]
+            dirty += not done.result().clean(len(share))
+            print(f"{tool} {i}: {done.result()}", flush=True)
     print(f"{len(tests)} tests under {' and '.join(args.tools)}: " + (f"see {args.logs}" if dirty else "nothing found"))
     return int(dirty > 0)
 

@@ -19,7 +19,9 @@ def test_three_metal(): assert False
 STANDS_IN = """#!/bin/sh
 shift 8
 "$@"
+code=$?
 echo "========= {summary}"
+exit $code
 """
 
 
@@ -51,6 +53,9 @@ def test_every_test_that_runs_on_the_gpu_is_looked_through(tmp_path: Path) -> No
         ("RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", TESTS),
         ("nothing of what was found", TESTS),
         ("ERROR SUMMARY: 0 errors", "def test_one(): assert False\n"),
+        ("ERROR SUMMARY: 0 errors", "import os\ndef test_one(): os.abort()\n"),
+        ("ERROR SUMMARY: 0 errors", "import pytest\ndef test_one(): pytest.skip()\n"),
+        ("ERROR SUMMARY: 0 errors", "def test_one_metal(): pass\n"),
     ],
 )
 def test_what_is_found_or_not_said_is_no_success(tmp_path: Path, summary: str, tests: str) -> None:
@@ -59,4 +64,4 @@ def test_what_is_found_or_not_said_is_no_success(tmp_path: Path, summary: str, t
 
 def test_errors_of_several_summaries_add_up() -> None:
     text = "2 passed in 1.0s\n========= ERROR SUMMARY: 1 error\n========= ERROR SUMMARY: 2 errors\n"
-    assert Outcome.of(text) == Outcome(3, {"passed": 2})
+    assert Outcome.of(0, text) == Outcome(0, 3, {"passed": 2})

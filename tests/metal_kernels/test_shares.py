@@ -93,3 +93,8 @@ def test_warpgroups_take_as_much_at_once_as_leaves_few_multiprocessors_idle(
     rows: int, columns: int, expected: tuple[int, ...]
 ) -> None:
     assert warpgroup.shape_of(weight_of(rows, 4096, 3), columns) == warpgroup.Shape(*expected)
+
+
+@pytest.mark.parametrize(("width", "teams"), [(256, 1), (512, 2), (1024, 4)])
+def test_warpgroups_are_in_no_more_teams_than_blocks(width: int, teams: int) -> None:
+    assert warpgroup.shape_of(weight_of(4096, width, 3), 64) == warpgroup.Shape(1, 64, teams)
