@@ -39,6 +39,7 @@ METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t
 class Kernel:
     """A kernel's name, the files of `source/` that it needs, and its arrays; its body is the .kernel file of its name.
 
+    In the name of a file {dialect} stands for that.
     large_memory: bytes for THREADGROUP_LARGE; least_threads: for how many threads, of one threadgroup or several, a
     multiprocessor's registers have to do. Both are CUDA's alone.
     """
@@ -52,7 +53,7 @@ class Kernel:
 
     def header(self, dialect: Dialect) -> str:
         """The dialect's prelude and the kernel's files."""
-        text = _flat((f"prelude_{dialect}.h", *self.sources))
+        text = _flat([f"prelude_{dialect}.h", *(name.format(dialect=dialect) for name in self.sources)])
         return NVIDIA_PARTS.sub("", text) if dialect == "metal" else text
 
     @property

@@ -14,7 +14,7 @@ from metal_kernels.launch import SIMD, Kernel
 
 MATMUL = Kernel(
     name="turboquant_warpgroup_matmul",
-    sources=("warpgroup.metal",),
+    sources=("hopper_{dialect}.h", "warpgroup.metal"),
     inputs=("x", "packed"),
     outputs=("out",),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from metal_kernels.errors import KernelError
 from metal_kernels.gpu import hadamard, products, warpgroup
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.warpgroup import Shape
@@ -63,6 +64,13 @@ def test_sums_are_read_when_all_products_are_done(shape: Shape) -> None:
             assert mx.abs(y - right).max() < 1e-3 * mx.abs(right).max()
 
 
+def test_a_team_without_blocks_is_refused() -> None:
+    x, weight, _ = odd_case(40, 256, 65, 3, 64, mx.float16, "cuda")
+    ready = Activations(x, 1, scaled=False, in_pieces=True)
+    with pytest.raises(KernelError, match="2 teams for 1 blocks"):
+        warpgroup.matmul(ready, weight, x.dtype, Shape(1, 64, 2))
+
+
 RACE = "a race: "
 FAULTS = {
     "a copy that nobody asked for": (("if (number < units)", "if (number + 1 < units)"), "nobody asked for"),
@@ -70,6 +78,10 @@ FAULTS = {
     "no barrier before it is asked for": (("if (i % 2 == 0) {\nteam_barrier", "if (false) {\nteam_barrier"), RACE),
     "no wait for products": (("wait_for_products<1>();", ""), "still read"),
     "no wait at the end": (("wait_for_products<0>();", ""), "nobody waits for"),
+    "a barrier for two teams": (
+        ("team_barrier<32 * SIMDGROUPS>(team)", "team_barrier<32 * SIMDGROUPS>(0)"),
+        "another's",
+    ),
     "a stage for two teams": (("all_staged + team * (COUNT * VECTORS)", "all_staged"), RACE),
     "sums read before they are sent": (
         ("barrier();\nif (index < THREADS)", "if (index < THREADS)"),
@@ -79,7 +91,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_copying_are_found(tmp_path: Path, fault: str) -> None:
+def test_faults_in_the_background_are_found(tmp_path: Path, fault: str) -> None:
     edit, message = FAULTS[fault]
     _, weight, _ = odd_case(40, 1280, 65, 3, 64, mx.float16, "cuda")
     ready = Activations(
