@@ -9,10 +9,9 @@ TABLE_WORDS = 4
 """At the beginning, of a table to decode with."""
 
 
-def fixed_words(table: mx.array | None, signs: mx.array | None, width: int) -> mx.array:
+def fixed_words(table: mx.array, signs: mx.array | None, width: int) -> mx.array:
     """A table (4,), then `sign_bits`: uint32."""
-    head = mx.zeros((TABLE_WORDS,), mx.uint32) if table is None else table
-    return made(mx.concatenate([head, sign_bits(signs, width)]))
+    return made(mx.concatenate([table, sign_bits(signs, width)]))
 
 
 def factors(block: int) -> tuple[int, int]:

@@ -105,5 +105,9 @@ def matmul(x: Activations, weight: TileWeight, dtype: mx.Dtype, shape: Shape | N
         "MEMORY": shape.memory,
         "T": dtype,
     }
-    kernel = replace(MATMUL, large_memory=shape.memory)
-    return kernel.launch(inputs, [((x.n, weight.rows), dtype)], groups, shape.threads, constants)[0]
+    return _kernel(shape.memory).launch(inputs, [((x.n, weight.rows), dtype)], groups, shape.threads, constants)[0]
+
+
+@cache
+def _kernel(memory: int) -> Kernel:
+    return replace(MATMUL, large_memory=memory)

@@ -71,46 +71,36 @@ __device__ inline unsigned long long descriptor(Shared<uint4> tile, int step) {
 
 #define FOUR_SUMS(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SIXTEEN_SUMS(i) FOUR_SUMS(i), FOUR_SUMS(i + 4), FOUR_SUMS(i + 8), FOUR_SUMS(i + 12)
+#define SUMS_OF_64 SIXTEEN_SUMS(0), SIXTEEN_SUMS(16)
+#define SUMS_OF_128 SUMS_OF_64, SIXTEEN_SUMS(32), SIXTEEN_SUMS(48)
+#define SUMS_OF_256 SUMS_OF_128, SIXTEEN_SUMS(64), SIXTEEN_SUMS(80), SIXTEEN_SUMS(96), SIXTEEN_SUMS(112)
+#define NAMES_OF_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_OF_128 \
+  NAMES_OF_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_OF_256 \
+  NAMES_OF_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // sums (64 x COLUMNS) += a (64 x 16) b (16 x COLUMNS), a and sums spread over each simdgroup's 16 rows as in
-// `matrix_multiply`, b from a tile in threadgroup memory, its lines columns.
-__device__ inline void warpgroup_multiply(float (&sums)[32], uint4 a, Shared<uint4> tile, int step) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-      : SIXTEEN_SUMS(0), SIXTEEN_SUMS(16)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step)));
-}
-
-__device__ inline void warpgroup_multiply(float (&sums)[64], uint4 a, Shared<uint4> tile, int step) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-      : SIXTEEN_SUMS(0), SIXTEEN_SUMS(16), SIXTEEN_SUMS(32), SIXTEEN_SUMS(48)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step)));
-}
-
-__device__ inline void warpgroup_multiply(float (&sums)[128], uint4 a, Shared<uint4> tile, int step) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "{%128, %129, %130, %131}, %132, add, 1, 1, 0;\n}"
-      : SIXTEEN_SUMS(0), SIXTEEN_SUMS(16), SIXTEEN_SUMS(32), SIXTEEN_SUMS(48), SIXTEEN_SUMS(64), SIXTEEN_SUMS(80),
-        SIXTEEN_SUMS(96), SIXTEEN_SUMS(112)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step)));
-}
+// `matrix_multiply`, b from a tile in threadgroup memory, its lines columns. A and B: the operands' names, after the sums'.
+#define WARPGROUP_MULTIPLY(COLUMNS, A, B) \
+  __device__ inline void warpgroup_multiply(float (&sums)[COLUMNS / 2], uint4 a, Shared<uint4> tile, int step) { \
+    asm volatile( \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" NAMES_OF_##COLUMNS "}, {" A "}, " B \
+        ", add, 1, 1, 0;\n}" \
+        : SUMS_OF_##COLUMNS \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(tile, step))); \
+  }
+WARPGROUP_MULTIPLY(64, "%32, %33, %34, %35", "%36")
+WARPGROUP_MULTIPLY(128, "%64, %65, %66, %67", "%68")
+WARPGROUP_MULTIPLY(256, "%128, %129, %130, %131", "%132")
 
 } // namespace turboquant

@@ -7,7 +7,7 @@ import pytest
 
 from metal_kernels import quantize, reference
 from metal_kernels.gpu import experts, hadamard, matmul, matvec, products, tiles, turned_product
-from metal_kernels.gpu.fixed import fixed_words
+from metal_kernels.gpu.fixed import TABLE_WORDS, fixed_words
 from metal_kernels.gpu.products import Gpu
 from metal_kernels.launch import Dialect, Kernel
 from quant_engine.codebook import lloyd_max
@@ -24,6 +24,8 @@ from tests.metal_kernels.host.machine import (
 
 WEIGHTS = [(bits, group) for bits in (2, 3, 4) for group in (32, 64, 128, 0)]
 ROWS, WIDTH = 40, 384
+NO_TABLE = mx.zeros((TABLE_WORDS,), mx.uint32)
+"""For what rotates and decodes nothing."""
 
 
 def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
@@ -38,7 +40,7 @@ def all_products(gpu: Dialect, dtype: mx.Dtype, rows: int) -> list[mx.array]:
     made: list[mx.array] = []
     for bits, group in WEIGHTS:
         weight = tiles.arrange(*weights(bits, group), lloyd_max(bits), gpu)
-        ready = hadamard.prepare(x, fixed_words(None, None, WIDTH), 1)
+        ready = hadamard.prepare(x, fixed_words(NO_TABLE, None, WIDTH), 1)
         made.append(matvec.matvec(ready, weight, dtype))
     return made
 
@@ -71,7 +73,7 @@ def test_products_of_many_rows_equal_the_reference(tmp_path: Path, gpu: Gpu, dty
     cases = [(bits, group) for bits, group in WEIGHTS if group in (0, 32)]
 
     def run() -> list[mx.array]:
-        ready = hadamard.prepare(x, fixed_words(None, None, WIDTH), 1)
+        ready = hadamard.prepare(x, fixed_words(NO_TABLE, None, WIDTH), 1)
         arranged = [tiles.arrange(*weights(*case), lloyd_max(case[0]), gpu) for case in cases]
         return [matmul.matmul(ready, weight, gpu, dtype, matmul.Shape(2, 2, 2, 1)) for weight in arranged]
 
@@ -166,7 +168,7 @@ def test_rotations_equal_the_reference(tmp_path: Path, n: int, width: int) -> No
     """Blocks with an odd factor are shared out where they are few."""
     turn, block = mx.array(signs(width, 3)), choose_block(width, "auto")
     x = mx.random.normal((n, width), key=mx.random.key(1))
-    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, fixed_words(None, turn, width), block)])
+    (y,) = on_machine(tmp_path, lambda: [hadamard.rotate(x, fixed_words(NO_TABLE, turn, width), block)])
     assert mx.allclose(y, reference.rotate(x, turn, block), rtol=1e-5, atol=1e-5)
 
 
@@ -178,7 +180,7 @@ def test_gated_activations_are_rotated_as_the_activation_and_the_rotation_would(
     both = (3 * mx.random.normal((2, 2 * WIDTH), key=mx.random.key(1))).astype(dtype)
 
     def run() -> list[mx.array]:
-        return [hadamard.prepare(both, fixed_words(None, turn, WIDTH), block, gated=True).halves]
+        return [hadamard.prepare(both, fixed_words(NO_TABLE, turn, WIDTH), block, gated=True).halves]
 
     (halves,) = on_machine(tmp_path, run)
     gate, up = both.split(2, axis=-1)
@@ -214,7 +216,7 @@ def one_product(gpu: Dialect) -> list[mx.array]:
     turn, block = mx.array(signs(WIDTH, 3)), choose_block(WIDTH, "auto")
     x = mx.random.normal((2, WIDTH), key=mx.random.key(9)).astype(mx.float16)
     weight = tiles.arrange(*weights(3, 64), lloyd_max(3), gpu)
-    ready = hadamard.prepare(x, fixed_words(None, turn, WIDTH), block)
+    ready = hadamard.prepare(x, fixed_words(NO_TABLE, turn, WIDTH), block)
     return [matvec.matvec(ready, weight, mx.float16)]
 
 

@@ -10,8 +10,8 @@ from registry import network
 from registry.network import file_system, mounts, network_file_system, parse_mount, parse_proc
 
 PROC = """/dev/vda / ext4 rw 0 0
-server:/export /home nfs4 rw,vers=4.2 0 0
-/dev/vdb /home/me/local xfs rw 0 0
+server:/export /users nfs4 rw,vers=4.2 0 0
+/dev/vdb /users/me/local xfs rw 0 0
 //nas/share /mnt/my\\040share cifs rw 0 0
 """
 MAC = """/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
@@ -23,7 +23,7 @@ odd line
 
 def test_linux_mounts_are_read() -> None:
     found = parse_proc(PROC)
-    assert found == {"/": "ext4", "/home": "nfs4", "/home/me/local": "xfs", "/mnt/my share": "cifs"}
+    assert found == {"/": "ext4", "/users": "nfs4", "/users/me/local": "xfs", "/mnt/my share": "cifs"}
 
 
 def test_mac_mounts_are_read() -> None:
@@ -35,15 +35,15 @@ def test_mac_mounts_are_read() -> None:
 
 def test_the_innermost_mount_counts() -> None:
     found = parse_proc(PROC)
-    assert file_system(Path("/home/me/.tq"), found) == "nfs4"
-    assert file_system(Path("/home/me/local/not/yet/there"), found) == "xfs"
-    assert file_system(Path("/homes"), found) == "ext4"
+    assert file_system(Path("/users/me/.tq"), found) == "nfs4"
+    assert file_system(Path("/users/me/local/not/yet/there"), found) == "xfs"
+    assert file_system(Path("/users2"), found) == "ext4"
     assert file_system(Path("/anything"), {}) is None
 
 
 def test_only_network_types_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "mounts", lambda: parse_proc(PROC))
-    assert network_file_system(Path("/home/me/.tq")) == "nfs4"
+    assert network_file_system(Path("/users/me/.tq")) == "nfs4"
     assert network_file_system(Path("/var/tmp")) is None
 
 
