@@ -1,5 +1,5 @@
-// What NVIDIA's Hopper has besides, in CUDA: copies that signal their arrival, and products of warpgroups (four simdgroups), both
-// in the background.
+// What NVIDIA's Hopper has besides, in CUDA: copies that signal their arrival, and products of warpgroups (four simdgroups),
+// both in the background.
 
 namespace turboquant {
 

@@ -33,14 +33,15 @@ struct Stages {
   CONSTANT int COUNT = 4, VECTORS = 8 * COLUMNS, PIECES = 64 * PIECE_ROWS;
   // Where the first unit's lie; the next one's come PIECES halves later.
   Device<const half> pieces;
-  uint units;
+  // Of this team, and of the team that has the most.
+  uint units, most;
   Shared<uint4> staged;
   Shared<Arrival> arrivals;
 
   Stages(Device<const half> x, uint group, uint blocks, uint team, Shared<uint4> all_staged, Shared<Arrival> all_arrivals)
       : pieces(x + ((group * COLUMNS / PIECE_ROWS * blocks + team) * 4 * PIECES + group * COLUMNS % PIECE_ROWS * 64)),
-        units((blocks + (TEAMS - 1) - team) / TEAMS * 4), staged(all_staged + team * (COUNT * VECTORS)),
-        arrivals(all_arrivals + team * COUNT) {}
+        units((blocks + (TEAMS - 1) - team) / TEAMS * 4), most((blocks + (TEAMS - 1)) / TEAMS * 4),
+        staged(all_staged + team * (COUNT * VECTORS)), arrivals(all_arrivals + team * COUNT) {}
 
   // By one thread, a barrier before others wait.
   void begin() const thread {
@@ -187,10 +188,18 @@ inline void add_blocks(thread WarpgroupSums<COLUMNS>& sums, const thread Stages<
     }
   }
   wait_for_products<0>();
+  if (TEAMS > 1 && stages.units < stages.most) {
+    // As many barriers as the team with the most: where they differ NVIDIA's racecheck takes what teams write for unordered,
+    // though all wait for each other before it is read.
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      team_barrier<32 * SIMDGROUPS>(team);
+    }
+  }
 }
 
-// staged: 4 * 8 * COLUMNS vectors for each team; in the same memory, after them, sent: as `gather` says, and behind that results:
-// COLUMNS / PARTS rows of 64 * WARPGROUPS values and 16 bytes, a gap against bank conflicts.
+// staged: 4 * 8 * COLUMNS vectors for each team; in the same memory, after them, sent: as `gather` says, and behind that
+// results: COLUMNS / PARTS rows of 64 * WARPGROUPS values and 16 bytes, a gap against bank conflicts.
 template <int BITS, int GROUP, int WARPGROUPS, int COLUMNS, int TEAMS, int PARTS, bool SCALED, typename T>
 inline void warpgroup_matmul(Device<const half> x, const thread Factors<SCALED>& factors,
                              const thread Weight<BITS, GROUP>& weight, const thread Permuter<BITS>& decoder,

@@ -60,13 +60,17 @@ def collected(files: Sequence[str]) -> list[str]:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise SystemExit(finished.stdout[-2000:] + finished.stderr[-2000:])
-    names = [line for line in finished.stdout.splitlines() if "::" in line]
+    names = re.findall(r"^\S+\.py::.+$", finished.stdout, re.M)
     return [name for name in names if not ELSEWHERE.search(name.split("::", 1)[1])]
 
 
 def run(tool: str, number: int, tests: Sequence[str], log: Path) -> Outcome:
-    """These tests under a tool, in a process of their own, which the tool talks to by ports of its own."""
+    """These tests under a tool, in a process of their own, which the tool talks to by ports of its own.
+
+    The tool looks at our kernels, not at MLX's.
+    """
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
+    command += ["--kernel-name", "kns=turboquant"]
     command += ["--port", str(FIRST_PORT + PORTS * number), "--max-connections", str(PORTS)]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     with log.open("w") as file:

@@ -29,8 +29,10 @@ NO_TABLE = mx.zeros((TABLE_WORDS,), mx.uint32)
 
 
 def weights(bits: int, group: int) -> tuple[mx.array, mx.array]:
-    matrix = mx.random.normal((ROWS, WIDTH), key=mx.random.key(bits)) / WIDTH**0.5
-    packed, scales = quantize(matrix, lloyd_max(bits), group)
+    """A packed matrix, made on the CPU: of two scales that are as good a GPU may find the other."""
+    with mx.stream(mx.cpu):
+        matrix = mx.random.normal((ROWS, WIDTH), key=mx.random.key(bits)) / WIDTH**0.5
+        packed, scales = quantize(matrix, lloyd_max(bits), group)
     return packed, scales
 
 

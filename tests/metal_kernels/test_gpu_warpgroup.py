@@ -79,7 +79,10 @@ FAULTS = {
     "no wait for products": (("wait_for_products<1>();", ""), "still read"),
     "no wait at the end": (("wait_for_products<0>();", ""), "nobody waits for"),
     "a barrier for two teams": (
-        ("team_barrier<32 * SIMDGROUPS>(team)", "team_barrier<32 * SIMDGROUPS>(0)"),
+        (
+            "if (i % 2 == 0) {\nteam_barrier<32 * SIMDGROUPS>(team)",
+            "if (i % 2 == 0) {\nteam_barrier<32 * SIMDGROUPS>(0)",
+        ),
         "another's",
     ),
     "a stage for two teams": (("all_staged + team * (COUNT * VECTORS)", "all_staged"), RACE),

@@ -11,13 +11,15 @@ from tests.metal_kernels.sanitize import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
+import warnings
+warnings.warn("of::some kind")
 def test_one(): pass
 def test_two(): pass
 def test_faults(): assert False
 def test_three_metal(): assert False
 """
 STANDS_IN = """#!/bin/sh
-shift 8
+shift 10
 "$@"
 code=$?
 echo "========= {summary}"

@@ -136,19 +136,22 @@ class EmulatorError(AssertionError):
 
 def on_machine(folder: Path, run: Run) -> list[mx.array]:
     """What `run` returns with its kernels on this machine's GPU, where it has one of their kind, or on the emulated."""
-    if mx.is_available(mx.Device(mx.gpu)):
-        with mx.stream(mx.gpu):
-            if noted(folder, run).is_here:
-                found = run()
-                mx.eval(found)
-                return found
-    return on_emulator(folder, run)
+    machine = noted(folder, run)
+    if not (mx.is_available(mx.Device(mx.gpu)) and machine.is_here):
+        return _on(machine, run)
+    with mx.stream(mx.gpu):
+        found = run()
+        mx.eval(found)
+        return found
 
 
 def on_emulator(folder: Path, run: Run, *edits: tuple[str, str]) -> list[mx.array]:
     """What `run` returns with its kernels on the emulated GPU, with `edits` of their source."""
+    return _on(noted(folder, run, *edits), run)
+
+
+def _on(machine: Machine, run: Run) -> list[mx.array]:
     needs_compiler()
-    machine = noted(folder, run, *edits)
     with launched_by(machine.launch):
         return run()
 
