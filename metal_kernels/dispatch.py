@@ -5,15 +5,18 @@ A backend is the kind of kernel, not the device: "metal" and "cuda" are GPU kern
 the one decision for each operation; a backend that was forced and has no kernel for an operation is an error.
 """
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Literal, get_args
 
 import mlx.core as mx
 
 from metal_kernels.cpu.threads import prepare_threads
 from metal_kernels.errors import KernelError
+from metal_kernels.gpu.architecture import fault
 from metal_kernels.gpu.probe import works
 from metal_kernels.gpu.products import GPUS
 
@@ -61,6 +64,8 @@ def use_backend(name: str) -> Generator[None]:
             f"the {name} backend needs MLX on a {name} device, and MLX runs on {device()} here; "
             "use 'reference', or mx.set_default_device"
         )
+    if name == "cuda" and (reason := fault()):
+        raise KernelError(f"the kernels of the cuda backend cannot run: {reason}; use 'reference'")
     token = _forced.set(name)
     try:
         yield
@@ -76,7 +81,7 @@ def kernel_backend(operation: str, *, gpu_fits: bool = True) -> Backend | None:
     """
     backend = active_backend()
     fits = gpu_fits or backend not in GPUS
-    if fits and operation in _KERNELS.get(backend, frozenset()) and _tried(backend, operation):
+    if fits and operation in _KERNELS.get(backend, frozenset()) and _works(backend, operation):
         if backend == "cpu":
             prepare_threads()
         record(backend, operation)
@@ -92,9 +97,24 @@ def has_kernel(operation: str) -> bool:
     return kernel_backend(operation) is not None
 
 
-def _tried(backend: Backend, operation: str) -> bool:
-    """Whether a kernel works here as far as that is in doubt: none has run on Apple's GPUs yet."""
+def _works(backend: Backend, operation: str) -> bool:
+    """Whether a kernel works here as far as that is in doubt.
+
+    None has run on Apple's GPUs yet, so each is tried there; NVIDIA's oldest that MLX runs on lack instructions.
+    """
+    if backend == "cuda" and (reason := fault()):
+        _warn(reason)
+        return False
     return backend != "metal" or operation not in _UNTRIED or works(operation, "metal")
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"the kernels for NVIDIA cannot run: {reason}. MLX's own operations take their place, which are slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def record(backend: Backend, operation: str) -> None:

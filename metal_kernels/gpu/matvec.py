@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from metal_kernels.gpu.architecture import memory_of
 from metal_kernels.gpu.hadamard import Activations
-from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Kernel
 

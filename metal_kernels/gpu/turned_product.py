@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from metal_kernels.gpu import hadamard
+from metal_kernels.gpu.architecture import memory_of
 from metal_kernels.gpu.fixed import factors
 from metal_kernels.gpu.matvec import COLUMNS, Shares, shapes, shares
-from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TILE_ROWS, TileWeight
 from metal_kernels.launch import SIMD, Dialect, Kernel, float_bits
 

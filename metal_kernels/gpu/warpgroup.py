@@ -7,6 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels.errors import KernelError
+from metal_kernels.gpu.architecture import is_hopper
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.matvec import MULTIPROCESSORS
 from metal_kernels.gpu.tiles import TABLE, TileWeight
@@ -62,14 +63,7 @@ SHAPES = Shape(2, 256), Shape(1, 256), Shape(1, 128), Shape(1, 64)
 
 def there() -> bool:
     """Whether MLX computes on a GPU of the Hopper kind, whose instructions are no other's."""
-    return mx.default_device() != mx.Device(mx.cpu) and _is_hopper()
-
-
-@cache
-def _is_hopper() -> bool:
-    if not mx.cuda.is_available():
-        return False
-    return str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")).startswith("sm_90")
+    return mx.default_device() != mx.Device(mx.cpu) and is_hopper()
 
 
 def shape_of(weight: TileWeight, columns: int) -> Shape:

@@ -1,7 +1,7 @@
 import mlx.core as mx
 import pytest
 
-from metal_kernels import KernelError, active_backend, device, kernel_path, reset_paths, rotate, use_backend
+from metal_kernels import KernelError, active_backend, device, dispatch, kernel_path, reset_paths, rotate, use_backend
 from metal_kernels.dispatch import has_kernel
 
 SIGNS = mx.ones(64)
@@ -38,3 +38,26 @@ def test_a_forced_backend_without_a_kernel_is_an_error() -> None:
     with use_backend("cpu"), pytest.raises(KernelError, match="no kernel for levitate"):
         has_kernel("levitate")
     assert not has_kernel("levitate")
+
+
+OPERATIONS = ["matmul", "feed_forward", "expert_matmul", "packed_attention", "decode_attention", "decoder_layer"]
+
+
+@pytest.mark.usefixtures("nvidia")
+@pytest.mark.parametrize("nvidia", ["sm_75"], indirect=True)
+def test_a_gpu_that_lacks_their_instructions_has_no_kernels_and_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "device", lambda: "cuda")
+    dispatch._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="this GPU is sm_75, and they are written for sm_80 and later") as told:
+        assert not any(map(has_kernel, OPERATIONS))
+    assert len(told) == 1
+    with pytest.raises(KernelError, match="cannot run: this GPU is sm_75"), use_backend("cuda"):
+        pass
+
+
+@pytest.mark.usefixtures("nvidia")
+@pytest.mark.parametrize("nvidia", ["sm_80", "sm_89", "sm_90", "sm_120", ""], indirect=True)
+def test_newer_ones_have_them_and_one_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "device", lambda: "cuda")
+    with use_backend("cuda"):
+        assert all(map(has_kernel, OPERATIONS))

@@ -7,12 +7,13 @@ import pytest
 
 from metal_kernels.errors import KernelError
 from metal_kernels.gpu import hadamard, products, warpgroup
+from metal_kernels.gpu.architecture import is_hopper
 from metal_kernels.gpu.hadamard import Activations
 from metal_kernels.gpu.warpgroup import Shape
 from tests.metal_kernels.host.machine import EmulatorError, on_emulator, on_machine
 from tests.metal_kernels.test_gpu_kernels import odd_case
 
-on_hopper = on_machine if warpgroup._is_hopper() else on_emulator
+on_hopper = on_machine if is_hopper() else on_emulator
 CASES = [
     # rows, width, rows of activations, bits, group, dtype, shape
     (40, 384, 65, 3, 64, mx.float16, Shape(2, 128)),
@@ -52,7 +53,7 @@ def test_products_take_it_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert taken == {17}
 
 
-@pytest.mark.skipif(not warpgroup._is_hopper(), reason="only a Hopper's products are in the background")
+@pytest.mark.skipif(not is_hopper(), reason="only a Hopper's products are in the background")
 @pytest.mark.parametrize("shape", [*warpgroup.SHAPES, Shape(1, 128, 3), Shape(1, 64, 4)], ids=str)
 def test_sums_are_read_when_all_products_are_done(shape: Shape) -> None:
     """With so much to multiply that a compiler that reads them too early is found out."""

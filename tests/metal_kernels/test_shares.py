@@ -1,8 +1,5 @@
 """How tiles are shared out among threadgroups, and their blocks among simdgroups, as `source/matvec.metal` does it."""
 
-from collections.abc import Generator
-from typing import Any
-
 import mlx.core as mx
 import pytest
 from hypothesis import example, given
@@ -10,7 +7,6 @@ from hypothesis import strategies as st
 
 from metal_kernels.gpu import warpgroup
 from metal_kernels.gpu.matvec import shares, shares_of
-from metal_kernels.gpu.memory import memory_of
 from metal_kernels.gpu.tiles import BYTE_TABLE, TileWeight
 
 
@@ -53,18 +49,8 @@ def weight_of(rows: int, width: int, bits: int) -> TileWeight:
     return TileWeight(words, words, bits, 64, rows, width, 1, (0, 0, 0, 0), True)
 
 
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch, request: Any) -> Generator[None]:
-    """An NVIDIA GPU of an architecture."""
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda _: {"architecture": request.param})
-    memory_of.cache_clear()
-    yield
-    memory_of.cache_clear()
-
-
-@pytest.mark.parametrize(("on", "most"), [("sm_89", 99 << 10), ("sm_90", 163 << 10)], indirect=["on"])
-@pytest.mark.usefixtures("on")
+@pytest.mark.parametrize(("nvidia", "most"), [("sm_89", 99 << 10), ("sm_90", 163 << 10)], indirect=["nvidia"])
+@pytest.mark.usefixtures("nvidia")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_sums_of_many_tiles_fit_beside_the_table(bits: int, most: int) -> None:
     weight = weight_of(16 * 8016, 4096, bits)
