@@ -19,7 +19,7 @@ def swiglu(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.flo
     return out
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _swiglu(gate: Any, up: Any, out: Any) -> None:
     for i in range(gate.shape[0]):
         out[i] = -gate[i]

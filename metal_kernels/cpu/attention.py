@@ -104,7 +104,7 @@ def _whole(tokens: Tokens) -> Array:
     return np.lib.stride_tricks.as_strided(tokens, (batch, heads, room, size), strides)
 
 
-@njit(cache=True, fastmath=MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True, forceinline=True)
 def _score(q: Any, k: Any, scale: Any, scores: Any) -> None:
     """scores (rows, tokens) of queries q (rows, size) and keys k (tokens, size); four rows share a pass over a key."""
     rows = q.shape[0]
@@ -129,7 +129,7 @@ def _score(q: Any, k: Any, scale: Any, scores: Any) -> None:
             scores[r, t] = dot * scale
 
 
-@njit(cache=True, fastmath=MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True, forceinline=True)
 def _weigh(scores: Any, first: Any, stops: Any, biased: Any, bias: Any, head: Any, state: Any, scratch: Any) -> None:
     """Scores (rows, tokens) of a chunk to weights under its own maximum; state: that and their total, by row."""
     rows, tokens, per_head = scores.shape[0], scores.shape[1], stops.shape[0]
@@ -144,7 +144,7 @@ def _weigh(scores: Any, first: Any, stops: Any, biased: Any, bias: Any, head: An
         state[r, 0], state[r, 1] = exp_under_maximum(row[:seen], np.float32(-np.inf), scratch[:seen])
 
 
-@njit(cache=True, fastmath=MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True, forceinline=True)
 def _add(v: Any, weights: Any, sums: Any) -> None:
     """sums (rows, size) plus weights (rows, tokens) times values v (tokens, size); four tokens share a pass of sums."""
     tokens = v.shape[0]

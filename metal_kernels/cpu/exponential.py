@@ -8,7 +8,7 @@ from numba import njit
 from metal_kernels.cpu.tokens import MATH
 
 
-@njit(cache=True, fastmath=MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True, forceinline=True)
 def exp_in_place(values: Any, scratch: Any) -> None:
     """Replace float32 values by their exponential; below -87 by e^-87, about 1e-38, above 87 by e^87.
 
@@ -31,7 +31,7 @@ def exp_in_place(values: Any, scratch: Any) -> None:
         values[i] *= powers[i]
 
 
-@njit(cache=True, fastmath=MATH, nogil=True)
+@njit(cache=True, fastmath=MATH, nogil=True, forceinline=True)
 def exp_under_maximum(row: Any, before: Any, scratch: Any) -> Any:
     """Replace float32 scores by their exponentials under the greatest of them and `before`: (that, their sum).
 

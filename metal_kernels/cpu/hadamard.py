@@ -53,7 +53,7 @@ def odd_factor(block: int) -> Rows:
     return view(mx.hadamard_transform(mx.eye(4 * odd), scale=1.0)).copy()
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _butterflies(v: Any, step: Any) -> None:
     """In place: the stages of the 2^k transform of all of v from `step` on, unnormalised, two at a time."""
     size = v.shape[0]
@@ -69,7 +69,7 @@ def _butterflies(v: Any, step: Any) -> None:
             v[j], v[j + step] = v[j] + v[j + step], v[j] - v[j + step]
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _rotate_row(x: Any, signs: Any, out: Any, block: Any, small: Any, scratch: Any) -> None:
     width, m = x.shape[0], small.shape[0]
     power = block // m

@@ -38,7 +38,7 @@ def split_heads(
     return q, k, v
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _turned(source: Any, cos: Any, sin: Any, weight: Any, eps: Any, out: Any) -> None:
     half = cos.shape[0]
     factor = np.float32(1.0)

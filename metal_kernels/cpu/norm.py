@@ -18,7 +18,7 @@ def rms_rows(x: NDArray[np.float32], weight: NDArray[np.float32], eps: np.float3
     return out
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _row(x: Any, weight: Any, eps: Any, out: Any) -> None:
     total = np.float32(0.0)
     for i in range(x.shape[0]):

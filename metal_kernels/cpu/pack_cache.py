@@ -49,7 +49,7 @@ def _assign(x: Any, table: Any, middles: Any, codes: Any) -> None:
             codes[i] += np.uint32(1) if x[i] > middle else np.uint32(0)
 
 
-@njit(cache=True, fastmath={"reassoc", "contract"}, nogil=True)
+@njit(cache=True, fastmath={"reassoc", "contract"}, nogil=True, forceinline=True)
 def _scale(values: Any, table: Any, middles: Any, scaled: Any, codes: Any) -> Any:
     """The absolute maximum for tables of even steps, otherwise the root mean square refitted by least squares."""
     top, total = np.float32(0.0), np.float32(0.0)

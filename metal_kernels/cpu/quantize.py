@@ -25,7 +25,7 @@ def quantize_rows(
     return packed, scales.astype(np.float16)
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _fit(magnitudes: Any, scale: Any, table: Any, values: Any) -> Any:
     """(<x, c>, <c, c>) of a group's magnitudes against their nearest codebook magnitudes at `scale`."""
     n, half = magnitudes.shape[0], table.shape[0] // 2
@@ -43,7 +43,7 @@ def _fit(magnitudes: Any, scale: Any, table: Any, values: Any) -> Any:
     return along, energy
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _scale(magnitudes: Any, factors: Any, table: Any, values: Any) -> Any:
     """The searched scale of a group, or its root mean square where there are no factors to try."""
     total = np.float32(0.0)
@@ -72,7 +72,7 @@ def half(value: Any) -> Any:
     return np.float32(np.rint(np.float64(value) / unit) * unit)
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True, forceinline=True)
 def _codes(values: Any, table: Any, codes: Any) -> None:
     """Index of the nearest table entry for each value."""
     codes[:] = 0

