@@ -40,8 +40,8 @@ struct Stages {
 
   Stages(Device<const half> x, uint group, uint blocks, uint team, Shared<uint4> all_staged, Shared<Arrival> all_arrivals)
       : pieces(x + ((group * COLUMNS / PIECE_ROWS * blocks + team) * 4 * PIECES + group * COLUMNS % PIECE_ROWS * 64)),
-        units((blocks + (TEAMS - 1) - team) / TEAMS * 4), most((blocks + (TEAMS - 1)) / TEAMS * 4),
-        staged(all_staged + team * (COUNT * VECTORS)), arrivals(all_arrivals + team * COUNT) {}
+        units(units_of(blocks, team)), most(units_of(blocks, 0)), staged(all_staged + team * (COUNT * VECTORS)),
+        arrivals(all_arrivals + team * COUNT) {}
 
   // By one thread, a barrier before others wait.
   void begin() const thread {
@@ -68,6 +68,12 @@ struct Stages {
   Shared<uint4> wait(uint number) const thread {
     wait_for(arrivals + number % COUNT, number / COUNT % 2);
     return staged + number % COUNT * VECTORS;
+  }
+
+ private:
+  // The first team has the most.
+  static uint units_of(uint blocks, uint team) {
+    return (blocks + (TEAMS - 1) - team) / TEAMS * 4;
   }
 };
 
